@@ -1,0 +1,1 @@
+"""The objectives: one method, one file, found by name."""

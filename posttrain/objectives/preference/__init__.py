@@ -1,0 +1,1 @@
+"""Objectives on pairs of completions (and, later, on labelled ones)."""

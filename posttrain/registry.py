@@ -1,0 +1,121 @@
+"""The registry of objectives. One decorator learns from a function and its annotations all that the toolkit needs to know."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .schema import UserError, suggest
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One method: a pure function `(config, statistics) -> Loss` and what it declares."""
+
+    name: str
+    """The function's name; also the command and the `name:` of a recipe."""
+
+    function: Callable[..., Any]
+    """`(config, statistics) -> Loss`; pure: it does not reduce over rows, communicate, log or know a model."""
+
+    config: type
+    """Frozen dataclass of its settings (the annotation of the first argument)."""
+
+    family: type
+    """The statistics it reads (the annotation of the second argument): `Pairs`, ..."""
+
+    reference: bool
+    """Whether it reads the reference's log-probs."""
+
+    want: Callable[[Any], Sequence[str]]
+    """From the config, the per-token statistics it needs beyond log-probs: names of the kernel or of `divergences.py`."""
+
+    start: Callable[[Any], float | None]
+    """From the config, the loss where the policy equals the reference; None where it depends on the data."""
+
+    document: str
+    """The docstring of its module: equation, source, start value."""
+
+    def __call__(self, config: Any, statistics: Any) -> Any:
+        return self.function(config, statistics)
+
+
+def objective(
+    *,
+    reference: bool,
+    want: Sequence[str] | Callable[[Any], Sequence[str]] = (),
+    start: float | None | Callable[[Any], float | None] = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
+
+    Args:
+        reference: whether it reads the reference's log-probs.
+        want: per-token statistics beyond log-probs, or a function from the config to them.
+        start: the loss where the policy equals the reference, if that is a number, or a function from the config to it.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+        if name in OBJECTIVES and OBJECTIVES[name].function.__module__ != function.__module__:
+            raise UserError(
+                f"objective {name!r} in {function.__module__} is already registered by {OBJECTIVES[name].function.__module__}"
+            )
+        hints = typing.get_type_hints(function)
+        config, family = (hints[parameter] for parameter in list(inspect.signature(function).parameters)[:2])
+        OBJECTIVES[name] = Objective(
+            name=name,
+            function=function,
+            config=config,
+            family=family,
+            reference=reference,
+            want=want if callable(want) else lambda _config: want,
+            start=start if callable(start) else lambda _config: start,
+            document=inspect.cleandoc(sys.modules[function.__module__].__doc__ or ""),
+        )
+        return function
+
+    return register
+
+
+def names() -> dict[str, str]:
+    """The objectives of the package, name -> module, found by looking at the files (nothing is imported)."""
+    package = Path(__file__).parent / "objectives"
+    found = {}
+    for family in sorted(path for path in package.iterdir() if (path / "__init__.py").exists()):
+        for module in pkgutil.iter_modules([str(family)]):
+            found[module.name] = f"posttrain.objectives.{family.name}.{module.name}"
+    return found
+
+
+def find(name: str) -> Objective:
+    """The objective called `name`; imports only its own file.
+
+    Raises:
+        UserError: there is none of that name; lists those that exist.
+    """
+    modules = names()
+    if name not in OBJECTIVES and name in modules:
+        importlib.import_module(modules[name])
+    if name not in OBJECTIVES:
+        possible = sorted({*modules, *OBJECTIVES})
+        raise UserError(f"objective {name!r} does not exist{suggest(name, possible)} Possible: {', '.join(possible)}")
+    return OBJECTIVES[name]
+
+
+def all_objectives() -> list[Objective]:
+    """Every objective of the package and every one registered by an `imports:` module, by name."""
+    for name in names():
+        find(name)
+    return [OBJECTIVES[name] for name in sorted(OBJECTIVES)]

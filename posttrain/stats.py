@@ -1,0 +1,131 @@
+"""Statistics: what the models say of a batch of trees, per completion token, and what an objective returns.
+
+Completions of one role (chosen, rejected, ...) are stored end to end without padding. Letters in shape comments:
+N tokens of one role, B sequences of one role (for pairs: B pairs).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Per-token statistics of B completions laid end to end, completion b before completion b + 1.
+
+    All values are in nats and at temperature 1 unless the objective asked for another.
+    """
+
+    logps: torch.Tensor
+    """[N] log policy(y_t | prompt, y_<t), with gradient."""
+
+    lengths: torch.Tensor
+    """[B] number of tokens of each completion; sums to N."""
+
+    reference_logps: torch.Tensor | None = None
+    """[N] log reference(y_t | prompt, y_<t), no gradient; only where the objective declares `reference=True`."""
+
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[N] each: what else the objective asked for in `want`, by name (entropy, forward_kl, log_sum_p2, ...)."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """[N] one of the statistics the objective asked for."""
+        return self.more[name]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] -> [B] sum over the tokens of each completion, in float32 or better."""
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return torch.segment_reduce(wide, "sum", lengths=self.lengths, initial=0, unsafe=True)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] -> [B] mean over the tokens of each completion (0 for an empty one)."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """[B] -> [N] the value of each completion at each of its tokens."""
+        return values.repeat_interleave(self.lengths, output_size=self.logps.numel())
+
+    @property
+    def position(self) -> torch.Tensor:
+        """[N] index of each token within its completion, from 0."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(self.logps.numel(), device=self.logps.device) - self.spread(starts)
+
+    @property
+    def logp(self) -> torch.Tensor:
+        """[B] log policy(y | prompt)."""
+        return self.sum(self.logps)
+
+    @property
+    def reference_logp(self) -> torch.Tensor:
+        """[B] log reference(y | prompt)."""
+        assert self.reference_logps is not None, "the objective reads the reference but does not declare reference=True"
+        return self.sum(self.reference_logps)
+
+    @property
+    def logratios(self) -> torch.Tensor:
+        """[N] log policy(y_t) - log reference(y_t)."""
+        assert self.reference_logps is not None, "the objective reads the reference but does not declare reference=True"
+        return self.logps - self.reference_logps
+
+    @property
+    def logratio(self) -> torch.Tensor:
+        """[B] log policy(y) - log reference(y), summed over tokens."""
+        return self.sum(self.logratios)
+
+    def at_reference(self) -> Completions:
+        """The same completions as they are where the policy equals the reference."""
+        return dataclasses.replace(self, logps=self.reference_logps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """B prompts with a chosen and a rejected completion each: the preference family."""
+
+    chosen: Completions
+    """The preferred completion of each pair."""
+
+    rejected: Completions
+    """The other completion of each pair."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Unreduced losses and what to log. The trainer takes the mean, over micro-batches and processes, with the global count."""
+
+    values: torch.Tensor
+    """[B] one loss a row, or [N] one a token of the role that `per` names."""
+
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Detached quantities of any length. Logged as the global mean of their elements; a name that ends in `/max` or `/min`
+    as the global maximum or minimum, one that ends in `/sum` as the global sum."""
+
+    per: str = "row"
+    """What the mean is over: `row`, or the name of a role (`chosen`, ...): all tokens of that role."""
+
+    plus: Loss | None = None
+    """A further term with a mean of its own, added to this one."""
+
+
+def reward_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The four reward metrics of a preference loss.
+
+    Args:
+        chosen, rejected: [B] the implied rewards exactly as they stand in the loss.
+
+    Returns:
+        `rewards/chosen`, `rewards/rejected`, `rewards/margins` (their difference) and `rewards/accuracies` (the share of
+        pairs whose chosen reward is the larger, a tie counting half), each [B].
+    """
+    chosen, rejected = chosen.detach(), rejected.detach()
+    margins = chosen - rejected
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": (1 + margins.sign()) / 2,
+    }
