@@ -53,7 +53,7 @@ def objective(
     *,
     reference: bool,
     want: Sequence[str] | Callable[[Any], Sequence[str]] = (),
-    start: float | None | Callable[[Any], float | None] = None,
+    start: float | Callable[[Any], float | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
 
