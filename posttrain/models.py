@@ -1,0 +1,262 @@
+"""Load a policy and its tokenizer, and make a causal language model answer with per-token statistics instead of logits.
+
+After `attach`, `model(..., statistics=Request(...))` runs the body, gathers the hidden states that predict completion tokens
+and hands them to the output head, whose forward runs the vocabulary kernel. Both steps are forwards of the model's own
+modules, so the hooks of DDP, DeepSpeed ZeRO-3, FSDP2 and PEFT fire as in any forward; without `statistics` nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from posttrain_kernels import Head, Separable, head_stats
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .schema import UserError
+from .settings import ModelConfig
+
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""Configuration keys of a constant factor on the logits, with its exponent (Cohere, Falcon-H1; Granite divides)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to say of the completion tokens of a batch."""
+
+    gather: Tensor
+    """[N] flat index into [R * T] of the position that predicts each token."""
+
+    targets: Tensor
+    """[N] the tokens."""
+
+    want: tuple[str | Separable, ...]
+    """Statistics of the kernel; empty: return the gathered hidden states under `hidden`."""
+
+    ref: Head | None = None
+    """A second head (reference, teacher) on the same tokens, for divergences."""
+
+    impl: str = "auto"
+    """Implementation of the kernel."""
+
+
+def attach(model: nn.Module) -> None:
+    """Teach a causal LM (bare or wrapped by PEFT) to accept `statistics=Request`; it then returns a dict of [N] tensors."""
+    lm = causal_lm(model)
+    plain = lm.forward
+
+    def forward(self: PreTrainedModel, *args: Any, statistics: Request | None = None, **kwargs: Any) -> Any:
+        if statistics is None:
+            return plain(*args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state  # [R, T, H]
+        x = hidden.flatten(0, 1).index_select(0, statistics.gather)  # [N, H]
+        if not statistics.want:
+            return {"hidden": x}
+        return self.get_output_embeddings()(x, statistics=statistics)
+
+    lm.forward = MethodType(forward, lm)
+    for head in _head_modules(lm):
+        _attach_head(head, lm)
+
+
+def _attach_head(head: nn.Module, lm: PreTrainedModel) -> None:
+    plain = head.forward
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, statistics: Request | None = None, **kwargs: Any) -> Any:
+        if statistics is None:
+            return plain(x, *args, **kwargs)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            mine = _head(self, lm, x)
+            asked = statistics
+            return head_stats(mine, asked.want, target=asked.targets, ref=asked.ref, impl=asked.impl)
+
+    head.forward = MethodType(forward, head)
+
+
+def head_of(model: nn.Module, x: Tensor) -> Head:
+    """The output head of a causal LM as it is now (adapters on or off) on gathered hidden states x [N, H]."""
+    lm = causal_lm(model)
+    module = lm.get_output_embeddings()
+    for candidate in _head_modules(lm):
+        if candidate is module:
+            return _head(module, lm, x)
+    # PEFT's modules_to_save: a trained copy while the adapter is on, the original while it is off.
+    original, *saved = _head_modules(lm)
+    return _head(original if module.disable_adapters else saved[0], lm, x)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def _head_modules(lm: PreTrainedModel) -> list[nn.Module]:
+    """The modules that own an output head: one, or the original and its trained copies under PEFT's modules_to_save."""
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise UserError(f"model: {type(lm).__name__} has no output head (get_output_embeddings); a causal language model is needed")
+    children = dict(module.named_children())
+    if "modules_to_save" in children:
+        return [children["original_module"], *children["modules_to_save"].values()]
+    return [module]
+
+
+def _head(module: nn.Module, lm: PreTrainedModel, x: Tensor) -> Head:
+    text = lm.config.get_text_config().to_dict()
+    scale = 1.0
+    for key, power in _SCALES.items():
+        if text.get(key) is not None:
+            scale *= float(text[key]) ** power
+    base, extra = module, []
+    children = dict(module.named_children())
+    if "base_layer" in children:  # a LoRA layer of PEFT
+        base = children["base_layer"]
+        if not module.disable_adapters and not module.merged:
+            for name in module.active_adapters:
+                if module.use_dora[name]:
+                    raise UserError("model.peft: DoRA on the output head is not supported; leave lm_head out of target_modules")
+                down, up = module.lora_A[name], module.lora_B[name]
+                extra.append((down(module.lora_dropout[name](x).to(down.weight.dtype)) * module.scaling[name], up.weight))
+    return Head(
+        x=x,
+        weight=base.weight,
+        extra=tuple(extra),
+        bias=base.bias if isinstance(base, nn.Linear) else None,
+        scale=scale,
+        softcap=text.get("final_logit_softcapping"),
+    )
+
+
+def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model (or the one that `tokenizer` names), with the chat template that `chat_template` gives.
+
+    Raises:
+        UserError: no such folder or hub repository, or one without a tokenizer.
+    """
+    name = settings.tokenizer or settings.name
+    with _readable("model.tokenizer" if settings.tokenizer else "model.name", name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    if settings.chat_template:
+        path = Path(settings.chat_template)
+        is_file = "{" not in settings.chat_template and path.exists()
+        tokenizer.chat_template = path.read_text() if is_file else settings.chat_template
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.tokenizer: {name} has no end-of-sequence token; a completion could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(settings: ModelConfig) -> Any:
+    """The configuration of a model, without weights; dropout off unless asked for.
+
+    Raises:
+        UserError: no such folder or hub repository, or not a causal language model.
+    """
+    with _readable("model.name", settings.name):
+        config = AutoConfig.from_pretrained(
+            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    if not settings.dropout:
+        text = config.get_text_config()
+        for key, value in text.to_dict().items():
+            if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+                setattr(text, key, 0.0)
+    return config
+
+
+def load_model(settings: ModelConfig, *, low_precision: bool = False) -> PreTrainedModel:
+    """A causal LM with its statistics attached, adapters not yet added.
+
+    Args:
+        settings: which model; `dtype: auto` is float32 (master weights of a full fine-tuning).
+        low_precision: the weights will not be trained: `dtype: auto` is then bfloat16 where the device computes in it.
+
+    Raises:
+        UserError: no such folder or hub repository, or not a causal language model.
+    """
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if low_precision and bf16_available() else "float32"
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with _readable("model.name", settings.name):
+            model = AutoModelForCausalLM.from_pretrained(
+                settings.name,
+                config=load_config(settings),
+                revision=settings.revision,
+                dtype=getattr(torch, dtype),
+                attn_implementation=settings.attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    model.config.use_cache = False
+    return model
+
+
+def load_policy(settings: ModelConfig) -> nn.Module:
+    """The model to train: fully, or through the adapter that `settings.peft` describes; statistics attached.
+
+    Raises:
+        UserError: as `load_model`; or peft settings that PEFT refuses.
+    """
+    model: nn.Module = load_model(settings, low_precision=settings.peft is not None)
+    if settings.peft is not None:
+        model = _add_adapter(model, settings.peft)
+    attach(model)
+    return model
+
+
+def _add_adapter(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
+    from peft import get_peft_config, get_peft_model
+
+    try:
+        config = get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear", **values})
+        return get_peft_model(model, config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"model.peft: {' '.join(str(error).split())}") from None
+
+
+def bf16_available() -> bool:
+    """Whether there is an accelerator that computes in bfloat16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters: all, trainable. Partitioned (ZeRO-3) ones are counted whole."""
+    sizes = [(p.ds_numel if "ds_numel" in vars(p) else p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
+
+
+def dtypes(parameters: Sequence[Tensor]) -> str:
+    """The dtypes that occur, as in `float32` or `bfloat16, float32`."""
+    return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+
+
+@contextlib.contextmanager
+def _readable(where: str, name: str):
+    """Turn the many ways in which a folder or a hub repository cannot be read into one line."""
+    if Path(name).is_absolute() or name.startswith((".", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{where}: folder {name} does not exist; give a model folder or a hub id such as Qwen/Qwen3-0.6B")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{where}: {name} cannot be loaded; give a model folder or a hub id. {reason}") from None
