@@ -1,0 +1,42 @@
+# make quickstart   virtual environment, install, preference-train a real 135M model, print a before/after table
+# make test         virtual environment, install, run the tests (TESTS= runs the slow ones too)
+# make lint         ruff, check and format
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= not slow
+
+BIN := $(VENV)/bin
+PINNED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DECLARED := pyproject.toml constraints.txt
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.run
+	$(BIN)/python -m posttrain.quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "$(TESTS)"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# torch goes first and by its exact pin: asked for by a range, through another package, it may come as a newer CUDA build.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PINNED) torch
+	touch $@
+
+$(VENV)/.run: $(VENV)/.torch $(DECLARED)
+	$(PINNED) --editable '.[gguf]'
+	touch $@
+
+# wheel: DeepSpeed comes as source only; it is built against the installed torch, without compiling its operators.
+$(VENV)/.dev: $(VENV)/.torch $(DECLARED)
+	$(PINNED) setuptools wheel packaging
+	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation --editable '.[dev,deepspeed,gguf,triton]'
+	touch $@
