@@ -63,6 +63,11 @@ class Divergence:
         return (h.detach().abs() > _MAX_LOG_RATIO).to(torch.float32)
 
 
+def _expm1(x: torch.Tensor) -> torch.Tensor:
+    # torch differentiates expm1 as expm1(x) + 1, which has lost every digit of e^x below x = -17 in float32
+    return torch.where(x < -1, x.clamp(max=-1).exp() - 1, x.expm1())
+
+
 def _js_summand(lp: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
     middle = torch.logaddexp(lp, lq) - math.log(2)
     return lp.exp() * (lp - middle) + lq.exp() * (lq - middle)
@@ -77,14 +82,14 @@ def _alpha_summand(a: float, lp: torch.Tensor, lq: torch.Tensor) -> torch.Tensor
 
 
 def _alpha_link(a: float, h: torch.Tensor) -> torch.Tensor:
-    return -torch.expm1(-a * h) / a
+    return -_expm1(-a * h) / a
 
 
 DIVERGENCES: dict[str, Divergence] = {
     "reverse_kl": Divergence(lambda lp, lq: lp.exp() * (lp - lq), lambda h: h),
-    "forward_kl": Divergence(lambda lp, lq: lq.exp() * (lq - lp), lambda h: -torch.expm1(-h)),
+    "forward_kl": Divergence(lambda lp, lq: lq.exp() * (lq - lp), lambda h: -_expm1(-h)),
     "js": Divergence(_js_summand, _js_link),
-    "jeffreys": Divergence(lambda lp, lq: (lp.exp() - lq.exp()) * (lp - lq), lambda h: h - torch.expm1(-h)),
+    "jeffreys": Divergence(lambda lp, lq: (lp.exp() - lq.exp()) * (lp - lq), lambda h: h - _expm1(-h)),
     "total_variation": Divergence(
         lambda lp, lq: 0.5 * (lp.exp() - lq.exp()).abs(), None, "f' is a step: not invertible, so no policy is its optimum"
     ),

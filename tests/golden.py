@@ -1,0 +1,100 @@
+"""Golden files: inputs and what the authors' own code makes of them (or, where there is none, an independent float64 formula).
+
+Each file says where its numbers come from in `source`. Most hold [2B, S, V] logits, the B chosen sequences first; position t
+predicts token t + 1; label -100 is prompt or padding. The files in goldens/ are never edited.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.registry import Objective
+from posttrain.stats import Completions, Loss, Pairs
+
+_FOLDER = Path(__file__).parent / "goldens"
+
+
+def tensor(values: Any) -> torch.Tensor:
+    """Nested numbers of a golden file -> float64."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden file."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    policy_logits: torch.Tensor | None
+    """[2B, S, V] float64 leaf that requires its gradient; None in a file of sequence log-probs only."""
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[2B, S - 1] bool: the positions that predict a completion token."""
+        return torch.tensor(self.inputs["labels"])[:, 1:] != -100
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[2B, S - 1] int64: the token each position predicts; anything where the mask is False."""
+        return torch.tensor(self.inputs["labels"])[:, 1:].clamp(min=0)
+
+    def logps(self, logits: torch.Tensor) -> torch.Tensor:
+        """[2B, S, V] -> [2B, S - 1] log-prob of the next token."""
+        return logits[:, :-1].log_softmax(-1).gather(-1, self.targets[..., None]).squeeze(-1)
+
+    def pairs(self) -> Pairs:
+        """The statistics of the file, float64; differentiable to `policy_logits`."""
+        if self.policy_logits is None:
+            return Pairs(**{role: self._sequences(role) for role in ("chosen", "rejected")})
+        policy, reference = self.logps(self.policy_logits), self.logps(tensor(self.inputs["ref_logits"]))  # [2B, S - 1]
+        half = len(policy) // 2
+        return Pairs(
+            **{
+                role: Completions(
+                    logps=policy[rows][self.mask[rows]],
+                    lengths=self.mask[rows].sum(1),
+                    reference_logps=reference[rows][self.mask[rows]],
+                )
+                for role, rows in (("chosen", slice(0, half)), ("rejected", slice(half, None)))
+            }
+        )
+
+    def _sequences(self, role: str) -> Completions:
+        logps = tensor(self.inputs[f"policy_{role}_logps"])
+        reference_logps = tensor(self.inputs[f"reference_{role}_logps"])
+        return Completions(logps=logps, lengths=torch.ones(len(logps), dtype=torch.int64), reference_logps=reference_logps)
+
+    def agree(self, objective: Objective, config: Any, *, atol: float = 1e-9, outputs: dict[str, Any] | None = None) -> Loss:
+        """Run the objective and assert its losses, their mean and, where the file has them, the gradients of the mean.
+
+        Args:
+            atol: absolute tolerance of each number.
+            outputs: the entry of `self.outputs` that holds them, where it is not `self.outputs` itself.
+        """
+        outputs = self.outputs if outputs is None else outputs
+        loss = objective(config, self.pairs())
+        assert loss.per == "row" and loss.plus is None
+        close(loss.values, outputs["per_example_losses"], atol)
+        close(loss.values.mean(), outputs["loss"], atol)
+        if "grad_policy_logits" in outputs:
+            (gradient,) = torch.autograd.grad(loss.values.mean(), self.policy_logits)
+            close(gradient, outputs["grad_policy_logits"], atol)
+        return loss
+
+
+def close(got: torch.Tensor, expected: Any, atol: float = 1e-9) -> None:
+    """Assert equality to `atol`, no relative part."""
+    torch.testing.assert_close(got.detach().double(), tensor(expected), rtol=0, atol=atol)
+
+
+def golden(name: str) -> Golden:
+    """The golden file `name`."""
+    content = json.loads((_FOLDER / f"{name}.json").read_text())
+    inputs = content["inputs"]
+    logits = tensor(inputs["policy_logits"]).requires_grad_() if "policy_logits" in inputs else None
+    return Golden(inputs, content["outputs"], logits)
