@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .schema import UserError
 from .settings import ModelConfig
+from .trees import attention
 
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Configuration keys of a constant factor on the logits, with its exponent (Cohere, Falcon-H1; Granite divides)."""
@@ -57,6 +58,8 @@ def attach(model: nn.Module) -> None:
             return plain(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state  # [R, T, H]
         x = hidden.flatten(0, 1).index_select(0, statistics.gather)  # [N, H]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if not statistics.want:
             return {"hidden": x}
         return self.get_output_embeddings()(x, statistics=statistics)
@@ -72,15 +75,18 @@ def _attach_head(head: nn.Module, lm: PreTrainedModel) -> None:
     def forward(self: nn.Module, x: Tensor, *args: Any, statistics: Request | None = None, **kwargs: Any) -> Any:
         if statistics is None:
             return plain(x, *args, **kwargs)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             mine = _head(self, lm, x)
             asked = statistics
             return head_stats(mine, asked.want, target=asked.targets, ref=asked.ref, impl=asked.impl)
 
     head.forward = MethodType(forward, head)
+
+
+def model_inputs(model: nn.Module, batch: dict[str, Tensor], layout: str) -> dict[str, Any]:
+    """The arguments with which a model reads the rows of a batch laid out by `layout`."""
+    mask = attention(causal_lm(model).config, batch["tree"], batch["branch"], batch["position_ids"], layout)
+    return {"input_ids": batch["input_ids"], **mask}
 
 
 def head_of(model: nn.Module, x: Tensor) -> Head:

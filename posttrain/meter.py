@@ -1,0 +1,72 @@
+"""Means of metrics over rows, micro-batches and processes, and the rates of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Sums of metrics since the last `clear`; a metric's name says how it is reduced (`/max`, `/min`, `/sum`, else the mean)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens = torch.zeros(())
+        self._since = time.perf_counter()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.__init__()
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add tensors of any length, one element an observation."""
+        for name, values in metrics.items():
+            values = values.detach().double().flatten()
+            if name.endswith(("/max", "/min")):
+                sign = 1 if name.endswith("/max") else -1
+                worst = torch.full((1,), -torch.inf, dtype=torch.float64, device=values.device)
+                new = torch.cat([values * sign, worst]).max().reshape(1)
+                self._sums[name] = torch.maximum(self._sums.get(name, new), new)
+            else:
+                new = torch.stack([values.sum(), values.new_tensor(values.numel())])
+                self._sums[name] = self._sums.get(name, 0) + new
+
+    def tokens(self, batch: Mapping[str, Tensor]) -> None:
+        """Count the tokens (padding left out) that a batch took through the model."""
+        self._tokens = self._tokens.to(batch["tree"].device) + (batch["tree"] > 0).sum()
+
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """The metrics over all processes. Every process calls it, with the same names."""
+        extremes = {name: value for name, value in self._sums.items() if name.endswith(("/max", "/min"))}
+        sums = {name: value for name, value in self._sums.items() if name not in extremes}
+        out = {}
+        if sums:
+            reduced = accelerator.reduce(torch.stack([sums[name] for name in sorted(sums)]), "sum").tolist()
+            for name, (total, count) in zip(sorted(sums), reduced, strict=True):
+                out[name] = total if name.endswith("/sum") else total / max(count, 1)
+        if extremes:
+            gathered = accelerator.gather(torch.stack([extremes[name] for name in sorted(extremes)], 1))  # [ranks, k]
+            for name, value in zip(sorted(extremes), gathered.max(0).values.tolist(), strict=True):
+                out[name] = value if name.endswith("/max") else -value
+        return {name: out[name] for name in self._sums}
+
+    def rates(self, accelerator: Any) -> dict[str, float]:
+        """`tokens_per_second` over all processes since the last clear, and `memory_gib`, the largest peak of a process."""
+        tokens = accelerator.reduce(self._tokens.double().reshape(1).to(accelerator.device), "sum")
+        memory = accelerator.gather(torch.tensor([peak_memory()], dtype=torch.float64, device=accelerator.device))
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        return {"tokens_per_second": float(tokens) / seconds, "memory_gib": float(memory.max()) / 2**30}
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most: allocated on its GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,232 @@
+"""The reference, three ways behind one interface: a frozen model, the policy with its adapter off, cached log-probs.
+
+The cache is addressed by content: a folder per model (weights, dtype), and in it one entry per (prompt, completion) token
+sequence. Whatever does not change a log-prob (beta, learning rate, seed, output folder, order, other rows) does not change
+a key, so a sweep computes each reference log-prob once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from posttrain_kernels import Head
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from .models import Request, head_of, model_inputs
+from .schema import UserError
+from .trees import TreeCollator
+
+_VERSION = "1"
+_SHARD_TOKENS = 2_000_000
+"""Log-probs a shard holds: 8 MB, a few minutes of work on a GPU; a crash loses at most the unfinished shard."""
+
+
+class FrozenModel:
+    """A second model, never trained."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.description = f"frozen model {name}"
+
+    def prepare(self, accelerator: Any) -> None:
+        """Move it to the device; under ZeRO-3 partition it as the policy is."""
+        plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+        if plugin is None or plugin.zero_stage != 3:
+            self.model.to(accelerator.device)
+            return
+        import deepspeed
+
+        config = copy.deepcopy(plugin.deepspeed_config)
+        for key in ("optimizer", "scheduler"):
+            config.pop(key, None)
+        self.model, *_ = deepspeed.initialize(model=self.model, config=config)
+        self.model.eval()
+
+    def answer(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> dict[str, Tensor]:
+        """What the reference says of the tokens in `request`; `model` is the policy."""
+        del model
+        with torch.no_grad():
+            return self.model(**inputs, statistics=request)
+
+    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> Head:
+        """Its output head on those tokens, for divergences."""
+        return head_of(self.model, self.answer(model, inputs, request)["hidden"])
+
+
+class AdapterOff:
+    """The policy with its adapter switched off."""
+
+    description = "the policy with its adapter off"
+
+    def prepare(self, accelerator: Any) -> None:
+        """Nothing: it is the policy."""
+
+    def answer(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> dict[str, Tensor]:
+        """What the reference says of the tokens in `request`; `model` is the policy."""
+        with torch.no_grad(), _evaluating(model), model.disable_adapter():
+            return model(**inputs, statistics=request)
+
+    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> Head:
+        """Its output head on those tokens, for divergences."""
+        hidden = self.answer(model, inputs, request)["hidden"]
+        with model.disable_adapter():
+            return head_of(model, hidden)
+
+
+class CachedLogps:
+    """Per-token log-probs on disk. The collator looks them up (`lookup`), so no reference model is held while training."""
+
+    def __init__(self, folder: Path, fingerprint: str, name: str) -> None:
+        self.folder = folder / "reference" / fingerprint
+        self.description = f"cached log-probs of {name} ({self.folder})"
+        self._entries: dict[bytes, np.ndarray] = {}
+        self._seen: set[Path] = set()
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def prepare(self, accelerator: Any) -> None:
+        """Nothing: the log-probs come with the batch."""
+
+    def reload(self) -> None:
+        """Read the shards that are not in memory yet.
+
+        Raises:
+            UserError: a shard is damaged, or was written by another version.
+        """
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._seen):
+            for key, logps in _read_shard(path):
+                self._entries[key] = logps
+            self._seen.add(path)
+
+    def lookup(self, prompt: Sequence[int], completion: Sequence[int]) -> np.ndarray:
+        """[T] float32 log-probs of a completion given its prompt.
+
+        Raises:
+            UserError: it was never computed (the data changed since).
+        """
+        key = sequence_key(prompt, completion)
+        if key not in self._entries:
+            raise UserError(f"reference: {self.folder} lacks a completion of {len(completion)} tokens; run `posttrain logps`")
+        return self._entries[key]
+
+    def missing(self, rows: Iterable[dict[str, Any]], roles: Sequence[str]) -> list[dict[str, Any]]:
+        """The rows with at least one completion that is not in the cache."""
+
+        def absent(row: dict[str, Any]) -> bool:
+            return any(sequence_key(row["prompt"], c) not in self._entries for role in roles for c in row[role])
+
+        return [row for row in rows if absent(row)]
+
+    def fill(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]], roles: Sequence[str], layout: str, batch_size: int
+    ) -> Iterator[int]:
+        """Compute the log-probs of `rows` with `model` and write them, shard by shard; yields the rows done so far.
+
+        Every shard is written beside and renamed, so an interrupted run keeps what it had finished.
+        """
+        device = next(model.parameters()).device
+        collate = TreeCollator(roles=roles, layout=layout)
+        order = sorted(range(len(rows)), key=lambda i: _row_tokens(rows[i], roles))
+        shard: list[tuple[bytes, np.ndarray]] = []
+        with torch.no_grad(), _evaluating(model):
+            for start in range(0, len(order), batch_size):
+                chosen = [rows[i] for i in order[start : start + batch_size]]
+                batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+                request = Request(gather=batch["gather"], targets=batch["targets"], want=("logp",))
+                logps = model(**model_inputs(model, batch, layout), statistics=request)["logp"].float().cpu().numpy()
+                shard += _cut(logps, chosen, roles)
+                if sum(len(values) for _, values in shard) >= _SHARD_TOKENS:
+                    _write_shard(self.folder, shard)
+                    shard = []
+                yield start + len(chosen)
+        if shard:
+            _write_shard(self.folder, shard)
+
+
+def fingerprint(name: str, model: nn.Module, dtype: str) -> str:
+    """What identifies the numbers of a model: its weights (files of a folder, commit of a hub id) and the dtype computed in."""
+    digest = hashlib.blake2b(dtype.encode(), digest_size=12)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+    else:
+        digest.update(f"{name}@{model.config._commit_hash}".encode())
+    return digest.hexdigest()
+
+
+def sequence_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
+    """The address of a completion given its prompt: a digest of both token sequences."""
+    digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
+    digest.update(np.asarray(prompt, dtype=np.int32).tobytes())
+    digest.update(np.asarray(completion, dtype=np.int32).tobytes())
+    return digest.digest()
+
+
+def _row_tokens(row: dict[str, Any], roles: Sequence[str]) -> int:
+    return len(row["prompt"]) + sum(len(c) for role in roles for c in row[role])
+
+
+def _cut(logps: np.ndarray, rows: Sequence[dict[str, Any]], roles: Sequence[str]) -> list[tuple[bytes, np.ndarray]]:
+    """The [N] log-probs of a batch as (key, values) per completion, in the batch's order: role, row, completion."""
+    out, at = [], 0
+    for role in roles:
+        for row in rows:
+            for completion in row[role]:
+                out.append((sequence_key(row["prompt"], completion), logps[at : at + len(completion)]))
+                at += len(completion)
+    return out
+
+
+def _write_shard(folder: Path, entries: list[tuple[bytes, np.ndarray]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = uuid.uuid4().hex
+    beside = folder / f".{name}.partial"
+    tensors = {
+        "keys": np.frombuffer(b"".join(key for key, _ in entries), dtype=np.uint8).reshape(-1, 16),
+        "lengths": np.array([len(values) for _, values in entries], dtype=np.int64),
+        "logps": np.concatenate([values for _, values in entries]).astype(np.float32),
+    }
+    digest = hashlib.blake2b(tensors["logps"].tobytes()).hexdigest()
+    save_file(tensors, beside, metadata={"version": _VERSION, "blake2b": digest})
+    os.replace(beside, folder / f"{name}.safetensors")
+
+
+def _read_shard(path: Path) -> Iterator[tuple[bytes, np.ndarray]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            keys, lengths, logps = (file.get_tensor(name) for name in ("keys", "lengths", "logps"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"reference: {path} is damaged ({error}); delete it and it is computed again") from None
+    if metadata.get("version") != _VERSION:
+        raise UserError(f"reference: {path} has version {metadata.get('version')}, this program reads {_VERSION}; delete it")
+    if hashlib.blake2b(logps.tobytes()).hexdigest() != metadata.get("blake2b"):
+        raise UserError(f"reference: {path} is damaged (checksum); delete it and it is computed again")
+    ends = lengths.cumsum()
+    for key, start, end in zip(keys, ends - lengths, ends, strict=True):
+        yield key.tobytes(), logps[start:end]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)

@@ -1,0 +1,223 @@
+"""The trainer: transformers' own, with statistics in place of logits and one global reduction.
+
+Only public members of `transformers.Trainer` are overridden. The loss of an optimizer step is the mean over all its rows (or
+tokens), over accumulation steps and processes alike: `get_batch_samples` sees every micro-batch of the step first and counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from posttrain_kernels import Separable
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from .divergences import divergence
+from .meter import Meter
+from .models import Request, causal_lm, model_inputs
+from .reference import AdapterOff, CachedLogps, FrozenModel
+from .registry import Objective
+from .schema import UserError
+from .selfcheck import SelfCheck
+from .stats import Completions, Loss
+from .trees import TreeCollator, attention_scale
+
+KERNEL_STATISTICS = ("entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
+"""What the kernel computes by name; any other name an objective wants is a divergence of divergences.py."""
+
+
+def roles_of(family: type) -> list[str]:
+    """The completions a family holds: its fields annotated `Completions`, in order."""
+    hints = typing.get_type_hints(family)
+    return [field.name for field in dataclasses.fields(family) if hints[field.name] is Completions]
+
+
+def columns_of(family: type) -> list[str]:
+    """The numbers a family takes from each row of data: its other fields."""
+    roles = roles_of(family)
+    return [field.name for field in dataclasses.fields(family) if field.name not in roles]
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` on trees: statistics -> objective -> one global mean.
+
+    Args:
+        objective, config: the method and its settings.
+        model: a causal LM with statistics attached (models.load_policy).
+        reference: where reference log-probs come from; None for an objective that reads none.
+        layout: `tree`, `separate`, or `auto` (tree where the first rows give the same log-probs both ways).
+        starts_at_reference: whether policy and reference are equal before training, which is then checked.
+        impl: implementation of the kernel (`auto`, `dense`, `chunked`).
+        kwargs: those of `transformers.Trainer`.
+
+    Raises:
+        UserError: the objective reads the reference over the whole vocabulary and only log-probs are cached; or several GPUs
+            are visible to one process, which would replicate the model in threads.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        config: Any,
+        model: nn.Module,
+        args: TrainingArguments,
+        reference: FrozenModel | AdapterOff | CachedLogps | None = None,
+        layout: str = "auto",
+        starts_at_reference: bool = True,
+        impl: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
+        self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
+        self.want = ("logp", *(_statistic(name) for name in objective.want(config)))
+        self.needs_reference_head = any(isinstance(s, Separable) or s in ("forward_kl", "reverse_kl") for s in self.want)
+        if self.needs_reference_head and isinstance(reference, CachedLogps):
+            raise UserError(f"reference.kind: {objective.name} reads the reference over the whole vocabulary; use frozen or adapter")
+        if args.n_gpu > 1:
+            raise UserError("launch: several GPUs are visible to one process; start one per GPU: --launch ddp, or set one visible")
+        self.layout, self.starts_at_reference = layout, starts_at_reference
+        self.model_config = causal_lm(model).config
+        self.meter, self.eval_meter = Meter(), Meter()
+        super().__init__(model=model, args=args, data_collator=self.collator("tree" if layout == "auto" else layout), **kwargs)
+        if reference is not None:
+            reference.prepare(self.accelerator)
+        self.add_callback(SelfCheck(self))
+
+    def collator(self, layout: str) -> TreeCollator:
+        """Rows -> batch in a layout."""
+        lookup = self.reference.lookup if isinstance(self.reference, CachedLogps) else None
+        scale = attention_scale(self.model_config)
+        return TreeCollator(roles=self.roles, columns=self.columns, layout=layout, reference=lookup, attention_scale=scale)
+
+    def statistics(self, model: nn.Module, batch: dict[str, Tensor], *, layout: str | None = None) -> Any:
+        """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not)."""
+        inner = self.accelerator.unwrap_model(model)
+        inputs = model_inputs(inner, batch, layout or self.data_collator.layout)
+        request = Request(gather=batch["gather"], targets=batch["targets"], want=self.want, impl=self.impl)
+        reference_logps = batch.get("reference_logps")
+        if self.reference is not None and reference_logps is None:
+            ask = dataclasses.replace(request, want=("logp",))
+            if self.needs_reference_head:
+                head = self.reference.head(inner, inputs, dataclasses.replace(request, want=()))
+                request = dataclasses.replace(request, ref=head, want=(*self.want, "ref_logp"))
+            else:
+                reference_logps = self.reference.answer(inner, inputs, ask)["logp"]
+        answer = model(**inputs, statistics=request)
+        if self.needs_reference_head:
+            reference_logps = answer.pop("ref_logp")
+        return self._family(batch, answer, reference_logps)
+
+    def _family(self, batch: dict[str, Tensor], answer: dict[str, Tensor], reference_logps: Tensor | None) -> Any:
+        lengths = [batch[f"lengths.{role}"] for role in self.roles]
+        sizes = [int(n.sum()) for n in lengths]
+        parts = {name: values.split(sizes) for name, values in answer.items()}
+        logps = parts.pop("logp")
+        if not self.objective.reference or reference_logps is None:
+            reference = [None] * len(sizes)
+        else:
+            reference = reference_logps.detach().split(sizes)
+        roles = {
+            role: Completions(
+                logps=logps[i],
+                lengths=lengths[i],
+                reference_logps=reference[i],
+                more={name: split[i] for name, split in parts.items()},
+            )
+            for i, role in enumerate(self.roles)
+        }
+        return self.objective.family(**roles, **{name: batch[f"row.{name}"] for name in self.columns})
+
+    def counts(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """[1 + roles] over all processes: rows, and tokens of each role."""
+        rows = sum(batch[f"lengths.{self.roles[0]}"].numel() for batch in batches)
+        tokens = [sum(int(batch[f"lengths.{role}"].sum()) for batch in batches) for role in self.roles]
+        return self.accelerator.reduce(torch.tensor([rows, *tokens], dtype=torch.float64, device=device), "sum")
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """All micro-batches of the next optimizer step, and their global counts."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.counts(batches, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's mean loss, times the number of processes (gradients are averaged over them)."""
+        statistics = self.statistics(model, inputs)
+        loss = self.objective(self.config, statistics)
+        counts = self.counts([inputs], self.args.device) if num_items_in_batch is None else num_items_in_batch
+        meter = self.meter if model.training else self.eval_meter
+        meter.add(self._logged(loss, statistics))
+        meter.tokens(inputs)
+        share = self._share(loss, counts) * self.accelerator.num_processes
+        return (share, statistics) if return_outputs else share
+
+    def _share(self, loss: Loss, counts: Tensor) -> Tensor:
+        units = ["row", *self.roles]
+        total = loss.values.sum() / counts[units.index(loss.per)].clamp(min=1).to(loss.values.dtype)
+        return total if loss.plus is None else total + self._share(loss.plus, counts)
+
+    def _logged(self, loss: Loss, statistics: Any) -> dict[str, Tensor]:
+        """The objective's metrics, and those that every method has."""
+        logged = dict(loss.metrics)
+        completions = {role: vars(statistics)[role] for role in self.roles}
+        for role, one in completions.items():
+            logged[f"logps/{role}"] = one.logp.detach()
+            logged[f"length/{role}"] = one.lengths.float()
+        if self.objective.reference:
+            d = torch.cat([one.logratios.detach() for one in completions.values()])
+            logged["kl"] = torch.expm1(-d) + d
+        return logged
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss of one evaluation batch; its terms and metrics are summed for `evaluation_loop`."""
+        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            statistics = self.statistics(model, inputs)
+            loss = self.objective(self.config, statistics)
+        logged, term, i = self._logged(loss, statistics), loss, 0
+        while term is not None:
+            logged[f"loss.{i}"], term, i = term.values.detach(), term.plus, i + 1
+        self.eval_meter.add(logged)
+        return loss.values.detach().mean(), None, None
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As inherited, but loss and metrics are exact global means over the set, whatever the batches."""
+        self.eval_meter.clear()
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        values = self.eval_meter.reduce(self.accelerator)
+        terms = [values.pop(name) for name in list(values) if name.startswith("loss.")]
+        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        output.metrics[f"{prefix}_loss"] = sum(terms)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As inherited, with the metrics since the last training log."""
+        if "loss" in logs:
+            logs = {**logs, **self.meter.reduce(self.accelerator), **self.meter.rates(self.accelerator)}
+            self.meter.clear()
+        super().log(logs, start_time)
+
+
+def _statistic(name: str) -> str | Separable:
+    return name if name in KERNEL_STATISTICS else Separable(name, divergence(name).summand)
