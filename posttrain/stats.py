@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completions:
     """Per-token statistics of B completions laid end to end, completion b before completion b + 1.
@@ -38,8 +42,7 @@ class Completions:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """[N] -> [B] sum over the tokens of each completion, in float32 or better."""
-        wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        return torch.segment_reduce(wide, "sum", lengths=self.lengths, initial=0, unsafe=True)
+        return torch.segment_reduce(_wide(values), "sum", lengths=self.lengths, initial=0, unsafe=True)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """[N] -> [B] mean over the tokens of each completion (0 for an empty one)."""
@@ -68,9 +71,9 @@ class Completions:
 
     @property
     def logratios(self) -> torch.Tensor:
-        """[N] log policy(y_t) - log reference(y_t)."""
+        """[N] log policy(y_t) - log reference(y_t), in float32 or better."""
         assert self.reference_logps is not None, "the objective reads the reference but does not declare reference=True"
-        return self.logps - self.reference_logps
+        return _wide(self.logps) - _wide(self.reference_logps)
 
     @property
     def logratio(self) -> torch.Tensor:

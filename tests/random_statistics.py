@@ -1,0 +1,102 @@
+"""Random statistics of any family, made from its annotations: what the tests over all objectives run on."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from posttrain.divergences import DIVERGENCES, FAMILIES
+from posttrain.stats import Completions, Loss
+
+MORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max_logp": lambda x: -x.abs(), "log_sum_p2": lambda x: -x.abs()}
+"""Name in `want` -> its range; every other statistic (entropies, divergences) is positive."""
+
+
+def roles(family: type) -> list[str]:
+    """The fields of a family that are completions."""
+    return [name for name, kind in typing.get_type_hints(family).items() if kind is Completions]
+
+
+def random_statistics(
+    family: type, *, seed: int = 0, rows: int = 4, want: Sequence[str] = (), dtype: torch.dtype = torch.float64
+) -> Any:
+    """Statistics of `rows` rows: completions of 1 to 5 tokens, columns of zeros and ones; `logps` are leaves with gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def completions() -> Completions:
+        lengths = torch.randint(1, 6, (rows,), generator=generator)
+        draw = lambda: torch.randn(int(lengths.sum()), generator=generator, dtype=torch.float64)  # noqa: E731
+        return Completions(
+            logps=(-2 + 0.7 * draw()).to(dtype).requires_grad_(),
+            lengths=lengths,
+            reference_logps=(-2 + 0.7 * draw()).to(dtype),
+            more={name: MORE.get(name, torch.abs)(draw()).to(dtype) for name in want},
+        )
+
+    columns = {}
+    for name, kind in typing.get_type_hints(family).items():
+        columns[name] = completions() if kind is Completions else torch.randint(0, 2, (rows,), generator=generator).to(dtype)
+    return family(**columns)
+
+
+def each(statistics: Any, change: Callable[[Completions], Completions]) -> Any:
+    """The same statistics with every role's completions changed."""
+    family = type(statistics)
+    return dataclasses.replace(statistics, **{role: change(getattr(statistics, role)) for role in roles(family)})
+
+
+def at_reference(statistics: Any) -> Any:
+    """The statistics where the policy equals the reference: equal log-probs, divergences between them 0."""
+
+    def equal(completions: Completions) -> Completions:
+        more = {
+            name: torch.zeros_like(values) if name.partition(":")[0] in {*DIVERGENCES, *FAMILIES} else values
+            for name, values in completions.more.items()
+        }
+        return dataclasses.replace(completions.at_reference(), more=more)
+
+    return each(statistics, equal)
+
+
+def take(statistics: Any, order: Sequence[int]) -> Any:
+    """The rows `order` of the statistics, every tensor a new leaf."""
+
+    def rows_of(completions: Completions) -> Completions:
+        ends = completions.lengths.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        index = torch.tensor([t for row in order for t in range(starts[row], ends[row])])
+        return Completions(
+            logps=completions.logps.detach()[index].requires_grad_(),
+            lengths=completions.lengths[list(order)],
+            reference_logps=completions.reference_logps[index],
+            more={name: values[index] for name, values in completions.more.items()},
+        )
+
+    family = type(statistics)
+    columns = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(family)}
+    return family(
+        **{name: rows_of(value) if isinstance(value, Completions) else value[list(order)] for name, value in columns.items()}
+    )
+
+
+def leaves(statistics: Any) -> list[torch.Tensor]:
+    """The policy log-probs of every role."""
+    return [getattr(statistics, role).logps for role in roles(type(statistics))]
+
+
+def terms(loss: Loss) -> list[Loss]:
+    """The loss and the terms added to it."""
+    return [loss] if loss.plus is None else [loss, *terms(loss.plus)]
+
+
+def by_row(loss: Loss, statistics: Any) -> list[torch.Tensor]:
+    """Per row, the loss values of every term that belong to it."""
+    parts = []
+    for term in terms(loss):
+        lengths = None if term.per == "row" else getattr(statistics, term.per).lengths.tolist()
+        parts.append(term.values.split(1 if lengths is None else lengths))
+    return [torch.cat(row) for row in zip(*parts, strict=True)]
