@@ -1,0 +1,54 @@
+"""Statistics of softmax heads over large vocabularies, per token, without a [tokens, vocabulary] tensor.
+
+`head_stats` returns log-probs, entropies, divergences between two models and more, each with its gradient. It returns
+statistics, never losses: a loss is ordinary torch on the [N] tensors it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from .chunked import chunked_stats
+from .dense import dense_stats
+from .head import FLOOR, ONE_HEAD, TWO_HEADS, Head, Separable, Want, check
+
+__all__ = ["FLOOR", "ONE_HEAD", "TWO_HEADS", "Head", "Separable", "head_stats"]
+
+
+def head_stats(
+    head: Head,
+    want: Sequence[Want],
+    *,
+    target: Tensor | None = None,
+    index: Tensor | None = None,
+    ref: Head | None = None,
+    workspace: int | None = None,
+    impl: Literal["auto", "dense", "chunked"] = "auto",
+) -> dict[str, Tensor]:
+    """Statistics of softmax(logits of `head`), per token.
+
+    Args:
+        head: the policy; gradients flow to its tensors.
+        want: what to compute. Of the policy alone: `logp` (at target), `lse` (log sum exp of the logits), `entropy`,
+            `log_sum_p2` (log sum_v p_v^2), `max_logp`, `argmax` (int64), `gather` (log-probs at index). With `ref`:
+            `ref_logp` (at target), `forward_kl` = KL(ref || policy), `reverse_kl` = KL(policy || ref), or any `Separable`.
+            Divergences run over the vocabulary both heads have, each renormalised there; the others over a head's own.
+        target: [N] int64 ids.
+        index: [N, K] int64 ids.
+        ref: the second head (reference, teacher): any hidden size, no gradient.
+        workspace: bytes of temporary memory to aim at; never grows with N.
+        impl: `chunked`, `dense` (the definition: materialises [N, V]), or `auto`.
+
+    Returns:
+        By name, [N] (gather: [N, K]) float32 tensors, float64 for float64 inputs; all differentiable but argmax and ref_logp.
+
+    Raises:
+        ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary.
+    """
+    check(head, want, target, index, ref)
+    if impl == "dense":
+        return dense_stats(head, want, target=target, index=index, ref=ref)
+    return chunked_stats(head, want, target=target, index=index, ref=ref, workspace=workspace)

@@ -1,0 +1,144 @@
+"""What goes into the kernel: a head (how hidden states become logits) and the statistics asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ONE_HEAD = ("logp", "lse", "entropy", "log_sum_p2", "max_logp", "argmax", "gather")
+"""Statistics of the policy alone."""
+
+TWO_HEADS = ("ref_logp", "forward_kl", "reverse_kl")
+"""Statistics that also read `ref`."""
+
+FLOOR = -1e4
+"""Log-probs below this count as this in entropies and divergences: its exp is 0 in float64 too, and 0 * FLOOR is 0, not nan."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How N hidden states become logits over V items: cap(scale * (x W^T + sum_i x_i W_i^T + bias)) / temperature.
+
+    Holds references only. Gradients flow to x, weight, bias and the extra terms, each in its own dtype. Products are taken
+    in the dtype of x (a float32 weight under a bfloat16 x is rounded first, as autocast would), logits are float32 or better.
+    """
+
+    x: Tensor
+    """[N, H] hidden states."""
+
+    weight: Tensor
+    """[V, H] the output embedding; a tied embedding is just that parameter."""
+
+    extra: tuple[tuple[Tensor, Tensor], ...] = ()
+    """(x_i [N, r], W_i [V, r]) further terms. LoRA on the head: x_i = scaling * dropout(x) @ A^T, W_i = B."""
+
+    bias: Tensor | None = None
+    """[V]; -inf removes an item."""
+
+    scale: float = 1.0
+    """Logit multiplier (Cohere, Granite)."""
+
+    softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap) (Gemma)."""
+
+    temperature: float | Tensor = 1.0
+    """Divides the capped logits: a number, or [N] one per token; no gradient flows to it."""
+
+    vocab: int | None = None
+    """Logical size of the vocabulary: rows of the weight beyond it are padding, are never read and get gradient 0."""
+
+    @property
+    def size(self) -> int:
+        """Number of items the softmax runs over."""
+        return self.weight.shape[0] if self.vocab is None else self.vocab
+
+    @property
+    def terms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """All (x_i, W_i), the main one first."""
+        return ((self.x, self.weight), *self.extra)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the logits and of every statistic: float32, or float64 for float64 hidden states."""
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Separable:
+    """A statistic sum_v f(log policy(v), log reference(v)) over the common vocabulary.
+
+    f is elementwise, in torch operations that autograd knows; it sees log-probs not below FLOOR.
+    """
+
+    name: str
+    """Key of the result."""
+
+    f: Callable[[Tensor, Tensor], Tensor]
+    """(lp, lq), equal shapes -> the term of the sum."""
+
+
+Want = str | Separable
+
+
+def name_of(entry: Want) -> str:
+    """The key under which a wanted statistic is returned."""
+    return entry if isinstance(entry, str) else entry.name
+
+
+def common(head: Head, ref: Head) -> int:
+    """Size of the vocabulary two-head statistics run over: the first items that both heads have."""
+    return min(head.size, ref.size)
+
+
+def check(head: Head, want: Sequence[Want], target: Tensor | None, index: Tensor | None, ref: Head | None) -> None:
+    """Refuse what cannot be computed.
+
+    Raises:
+        ValueError: an unknown or repeated name, a missing argument, or shapes that do not fit; says which.
+    """
+    names = [name_of(entry) for entry in want]
+    if len(set(names)) < len(names):
+        raise ValueError(f"want: names must differ, got {names}")
+    for entry in want:
+        if isinstance(entry, str) and entry not in ONE_HEAD + TWO_HEADS:
+            raise ValueError(f"want: no statistic {entry!r}; possible: {', '.join(ONE_HEAD + TWO_HEADS)}, or a Separable")
+        if (isinstance(entry, Separable) or entry in TWO_HEADS) and ref is None:
+            raise ValueError(f"want: {name_of(entry)!r} needs ref, a second head")
+        if entry in ("logp", "ref_logp") and target is None:
+            raise ValueError(f"want: {entry!r} needs target [N]")
+        if entry == "gather" and index is None:
+            raise ValueError("want: 'gather' needs index [N, K]")
+    n = head.x.shape[0]
+    for role, one in (("head", head), ("ref", ref)):
+        if one is not None:
+            _check_shapes(role, one, n)
+    sizes = [one.size for one, name in ((head, "logp"), (ref, "ref_logp")) if one is not None and name in names]
+    if target is not None:
+        _check_ids("target", target, (n,), min(sizes, default=head.size))
+    if index is not None:
+        _check_ids("index", index, (n, index.shape[-1]), head.size)
+
+
+def _check_shapes(role: str, head: Head, n: int) -> None:
+    rows = head.weight.shape[0]
+    for i, (x, weight) in enumerate(head.terms):
+        if x.dim() != 2 or weight.dim() != 2 or x.shape[0] != n or weight.shape != (rows, x.shape[1]):
+            where = f"{role}.extra[{i - 1}]" if i else role
+            raise ValueError(f"{where}: x {list(x.shape)} and weight {list(weight.shape)} do not fit [{n}, H] and [{rows}, H]")
+    if not 0 < head.size <= rows:
+        raise ValueError(f"{role}.vocab: {head.size} is not within the {rows} rows of the weight")
+    if head.bias is not None and head.bias.shape != (rows,):
+        raise ValueError(f"{role}.bias: {list(head.bias.shape)}, expected [{rows}]")
+    if isinstance(head.temperature, Tensor) and head.temperature.shape not in ((), (n,)):
+        raise ValueError(f"{role}.temperature: {list(head.temperature.shape)}, expected a number or [{n}]")
+
+
+def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...], size: int) -> None:
+    if ids.shape != shape or ids.dtype != torch.int64:
+        raise ValueError(f"{name}: {list(ids.shape)} {ids.dtype}, expected int64 {list(shape)}")
+    # Elsewhere than on the CPU this look at the values would stall the device; there an id outside yields nan.
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"{name}: ids from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of {size}")
