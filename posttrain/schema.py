@@ -23,8 +23,9 @@ OpenUnit = Annotated[float, Gt(0), Lt(1)]
 PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""What every settings dataclass is read with: unknown keys are refused, the docstring under a field is its description."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+"""What every settings dataclass is read with: unknown keys and numbers that are not finite are refused, the docstring under a
+field is its description."""
 
 
 class UserError(ValueError):
