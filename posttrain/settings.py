@@ -55,3 +55,11 @@ class ReferenceConfig:
 
     cache: str | None = None
     """Folder of cached log-probs; None is $POSTTRAIN_CACHE or ~/.cache/posttrain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    name: str | None = None
+    """Hub id, file (JSON, JSONL, Parquet, CSV) or folder."""

@@ -1,0 +1,173 @@
+"""The text of `posttrain show` and of help, read from the declarations: docstrings, fields, recipes. Imports no model code."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import arguments, registry, shipped
+from .schema import adapter, suggest, UserError
+from .settings import DataConfig, ModelConfig, ReferenceConfig
+
+_BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting as help shows it."""
+
+    flag: str
+    """`--beta`, `--model.dtype`, ..."""
+
+    type: str
+    """In words: `number > 0`, `drop|error`, ..."""
+
+    default: str
+    """As YAML writes it, or `required`."""
+
+    description: str
+    """The docstring under the field."""
+
+
+def options(kind: type, section: str = "") -> list[Option]:
+    """The settings of a dataclass; `section` prefixes their flags (`model` -> `--model.dtype`, and `--model` for its name)."""
+    schema = adapter(kind).json_schema()
+    rows = []
+    for name, entry in schema["properties"].items():
+        flag = f"--{section}.{name}" if section else f"--{name}"
+        if section in ("model", "data") and name == "name":
+            flag = f"--{section}"
+        required = name in schema.get("required", ())
+        default = "required" if required else _yaml(entry.get("default"))
+        description = " ".join(entry.get("description", "").split())
+        if "examples" in entry:
+            description += f" Possible: {', '.join(entry['examples'])}."
+        rows.append(Option(flag, _type(entry, schema), default, description))
+    return rows
+
+
+def sections(objective: registry.Objective) -> dict[str, list[Option]]:
+    """Every flag of an objective's command, by the section of the recipe it belongs to."""
+    found = {
+        f"{objective.name} (objective)": options(objective.config),
+        "model": options(ModelConfig, "model"),
+        "data": options(DataConfig, "data"),
+    }
+    if objective.reference:
+        found["reference"] = options(ReferenceConfig, "reference")
+    return found
+
+
+def train_defaults() -> list[Option]:
+    """The arguments of TrainingArguments whose default is ours."""
+    return [Option(f"--train.{name}", "", _yaml(value), reason) for name, (value, reason) in arguments.DEFAULTS.items()]
+
+
+def summaries() -> dict[str, str]:
+    """Each objective of the package with the first line of its file; nothing is imported."""
+    lines = {}
+    for name, module in registry.names().items():
+        path = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        document = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines[name] = document.split("\n")[0]
+    return lines
+
+
+def recipes() -> dict[Path, str]:
+    """The recipes that come with the toolkit, with the objective of each."""
+    root = shipped.folder("recipes")
+    found = {}
+    for path in sorted(root.glob("**/*.yaml")):
+        objective = yaml.safe_load(path.read_text(encoding="utf-8"))["objective"]
+        found[path] = objective if isinstance(objective, str) else objective["name"]
+    return found
+
+
+def show_list() -> str:
+    """The objectives, one line each."""
+    lines = summaries()
+    width = max(map(len, lines))
+    body = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
+    return f"Objectives (posttrain show <objective> for its equation, settings and recipes):\n{body}"
+
+
+def show(name: str) -> str:
+    """One objective: equation and source, settings, recipes. `train` shows the arguments of the trainer.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name == "train":
+        return _show_train()
+    try:
+        objective = registry.find(name)
+    except UserError:
+        possible = [*registry.names(), "train"]
+        raise UserError(f"nothing to show for {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}") from None
+    reads = "reads the reference" if objective.reference else "reads no reference"
+    parts = [objective.document, f"Data: {_sentence(objective.family)} {objective.name} {reads}.", "Settings:"]
+    parts += [table(options(objective.config))]
+    found = [path for path, its in recipes().items() if its == name]
+    parts.append(
+        "Recipes:\n" + "\n".join(f"  {path}\n    {_first_comment(path)}" for path in found) if found else "Recipes: none"
+    )
+    return "\n\n".join(parts)
+
+
+def table(rows: list[Option]) -> str:
+    """Options one under the other, in plain text."""
+    return "\n".join(f"  {row.flag}  {row.type}  [{row.default}]\n      {row.description}" for row in rows)
+
+
+def _show_train() -> str:
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    theirs = {
+        field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(TrainingArguments)
+    }
+    lines = ["Arguments of transformers.TrainingArguments (described there). Where the default is ours:"]
+    lines += [f"  train.{o.flag[8:]} = {o.default}  ({o.description})" for o in train_defaults()]
+    lines += ["", "Refused, because this trainer would ignore them:"]
+    lines += [f"  train.{name}: {reason}" for name, (_, reason) in arguments.REFUSED.items()]
+    lines += ["", "All others, with transformers' default:"]
+    skip = {*arguments.DEFAULTS, *arguments.REFUSED}
+    lines += [f"  train.{name} = {_yaml(value)}" for name, value in theirs.items() if name not in skip]
+    return "\n".join(lines)
+
+
+def _sentence(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    return text.removesuffix("...").strip()
+
+
+def _type(entry: dict[str, Any], schema: dict[str, Any]) -> str:
+    """A JSON schema entry in a few words."""
+    if "$ref" in entry:
+        return _type(schema["$defs"][entry["$ref"].split("/")[-1]], schema)
+    if "anyOf" in entry:
+        return " or ".join(dict.fromkeys(_type(one, schema) for one in entry["anyOf"]))
+    if "enum" in entry:
+        return "|".join(map(str, entry["enum"]))
+    if "const" in entry:
+        return str(entry["const"])
+    if entry.get("type") == "array":
+        return f"list of {_type(entry['items'], schema)}" if entry.get("items") else "list"
+    words = {"string": "text", "boolean": "true|false", "object": "mapping", "null": "null"}
+    name = words.get(entry.get("type", ""), entry.get("type", "value"))
+    bounds = " and ".join(f"{sign} {entry[key]:g}" for key, sign in _BOUNDS if key in entry)
+    return f"{name} {bounds}".rstrip()

@@ -1,0 +1,231 @@
+"""A run as the user wrote it: a recipe (YAML), flags and `key=value` overrides, read by one strict parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from enum import Enum
+from typing import Any, Literal, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from . import arguments
+from .registry import Objective, find
+from .schema import UserError, parse, suggest
+from .settings import DataConfig, ModelConfig, ReferenceConfig
+
+Layout = Literal["auto", "tree", "separate"]
+
+SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind"}
+"""Sections that may be written as one word: `model: X` is `model: {name: X}`, `--reference cached` is reference.kind."""
+
+SECTIONS = (*SHORT, "layout", "train", "imports")
+"""The keys of a recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that decides a run."""
+
+    objective: Objective
+    """The method."""
+
+    config: Any
+    """Its settings."""
+
+    model: ModelConfig
+    """The model that is trained."""
+
+    data: DataConfig
+    """What it is trained on."""
+
+    reference: ReferenceConfig = dataclasses.field(default_factory=ReferenceConfig)
+    """Where the reference's log-probs come from."""
+
+    layout: Layout = "auto"
+    """How prompts and completions are laid out: tree shares a prompt among its completions, separate repeats it; auto shares
+    where it is exact."""
+
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of transformers.TrainingArguments: what the user gave, and our defaults."""
+
+    imports: tuple[str, ...] = ()
+    """Modules imported first; they may register further objectives."""
+
+    def resolved(self) -> dict[str, Any]:
+        """The complete run as a mapping of plain values that reads back as a recipe; secrets are left out."""
+        return {
+            "objective": {"name": self.objective.name, **dataclasses.asdict(self.config)},
+            "model": dataclasses.asdict(self.model),
+            "data": dataclasses.asdict(self.data),
+            "reference": dataclasses.asdict(self.reference),
+            "layout": self.layout,
+            "imports": list(self.imports),
+            "train": {key: _plain(value) for key, value in self.train.items() if not key.endswith("token")},
+        }
+
+
+def load_run(objective: str | None = None, recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Run:
+    """Read a run.
+
+    Args:
+        objective: its name, where the command gives it; else the recipe or an override does.
+        recipe: YAML file; None is an empty one.
+        overrides: `key=value` with dotted keys, values in YAML; keys of the objective may stand without `objective.`.
+
+    Raises:
+        UserError: whatever is wrong with it, in one line.
+    """
+    written = _read(recipe)
+    changes = [_split(override) for override in overrides]
+    _import(written, changes)
+    method = find(_objective_name(objective, written, changes, recipe))
+    keys = {_full_key(key, method): value for key, value in changes}
+    values = _merge(written, keys)
+    values.setdefault("objective", {})["name"] = method.name
+
+    def where(section: str) -> str:
+        from_recipe = recipe is not None and not any(key.split(".")[0] == section for key in keys)
+        return f"{recipe}: {section}" if from_recipe and section in written else section
+
+    config = {key: value for key, value in _section(values, "objective", where).items() if key != "name"}
+    if "layout" in values and values["layout"] not in get_args(Layout):
+        raise UserError(f"{where('layout')} = {values['layout']!r}; possible: {', '.join(get_args(Layout))}")
+    model = parse(ModelConfig, _section(values, "model", where), where("model"))
+    data = parse(DataConfig, _section(values, "data", where), where("data"))
+    run = Run(
+        objective=method,
+        config=parse(method.config, config, where("objective")),
+        model=model,
+        data=data,
+        reference=parse(ReferenceConfig, _section(values, "reference", where), where("reference")),
+        layout=values.get("layout", "auto"),
+        train=arguments.parse_train(_section(values, "train", where), where("train")),
+        imports=tuple(values.get("imports") or ()),
+    )
+    _refuse_contradictions(run)
+    return dataclasses.replace(run, train=_with_defaults(run))
+
+
+def _read(recipe: str | Path | None) -> dict[str, Any]:
+    if recipe is None:
+        return {}
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(f"recipe {recipe} does not exist")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{recipe}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+    for key in values:
+        if key not in SECTIONS:
+            raise UserError(f"{recipe}: unknown key {key!r}{suggest(str(key), list(SECTIONS))} Possible: {', '.join(SECTIONS)}")
+    return {key: _spelled_out(key, value) for key, value in values.items() if value is not None}
+
+
+def _spelled_out(section: str, value: Any) -> Any:
+    return {SHORT[section]: value} if section in SHORT and not isinstance(value, dict) else value
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is neither a recipe file nor key=value")
+    return key, value
+
+
+def _import(written: Mapping[str, Any], changes: Sequence[tuple[str, str]]) -> None:
+    modules = OmegaConf.create({"imports": written.get("imports", [])})
+    modules.merge_with_dotlist([f"imports={value}" for key, value in changes if key == "imports"])
+    names = OmegaConf.to_container(modules)["imports"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"imports = {names!r}: a list of Python modules is expected")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"imports: {name} cannot be imported: {error}") from None
+
+
+def _objective_name(
+    given: str | None, written: Mapping[str, Any], changes: Sequence[tuple[str, str]], recipe: str | Path | None
+) -> str:
+    changed = [value for key, value in changes if key in ("objective", "objective.name")]
+    in_recipe = written.get("objective", {}).get("name")
+    asked = changed[-1] if changed else in_recipe
+    if given is None and asked is None:
+        raise UserError(f"{recipe or 'run'}: objective.name is required (posttrain show lists the objectives)")
+    if given is not None and asked not in (None, given):
+        source = "objective.name" if changed else str(recipe)
+        raise UserError(f"{source} says {asked}, the command says {given}; use posttrain {asked} or posttrain train")
+    return str(given or asked)
+
+
+def _full_key(key: str, method: Objective) -> str:
+    """The dotted key of a recipe that a flag or an override stands for."""
+    head = key.split(".")[0]
+    if head in SECTIONS:
+        return f"{key}.{SHORT[key]}" if key in SHORT else key
+    settings = [field.name for field in dataclasses.fields(method.config)]
+    if head in settings:
+        return f"objective.{key}"
+    near = suggest(key, settings)
+    near = suggest(key, list(SECTIONS)) if near == "." else near
+    possible = ", ".join([*settings, *SECTIONS])
+    raise UserError(f"unknown setting {key!r}{near} Possible: {possible} (posttrain {method.name} --help)")
+
+
+def _merge(written: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    merged = OmegaConf.create(dict(written))
+    for key, value in changes.items():
+        try:
+            merged.merge_with_dotlist([f"{key}={value}"])
+        except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{key} = {value!r}: {' '.join(str(error).split())}") from None
+    try:
+        return OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _section(values: Mapping[str, Any], name: str, where: Any) -> dict[str, Any]:
+    section = _spelled_out(name, values.get(name) if values.get(name) is not None else {})
+    if not isinstance(section, dict):
+        raise UserError(f"{where(name)} = {section!r}: a mapping is expected")
+    return section
+
+
+def _refuse_contradictions(run: Run) -> None:
+    if not run.objective.reference and run.reference != ReferenceConfig():
+        raise UserError(f"reference: {run.objective.name} reads no reference; leave the section out")
+    if run.reference.kind == "adapter" and run.model.peft is None:
+        raise UserError("reference: kind = adapter needs an adapter to switch off: give model.peft, or use frozen or cached")
+    if run.reference.kind == "adapter" and run.reference.model is not None:
+        raise UserError("reference: model is the policy itself where kind = adapter; use frozen or cached for another model")
+    if run.model.merge and run.model.peft is None:
+        raise UserError("model: merge = True merges an adapter, and model.peft gives none")
+
+
+def _with_defaults(run: Run) -> dict[str, Any]:
+    """What the user gave under `train:`, then our defaults for the rest."""
+    train = {name: value for name, (value, _) in arguments.DEFAULTS.items()} | dict(run.train)
+    if train["output_dir"] in (None, arguments.OUTPUT_DIR):
+        names = (run.objective.name, run.model.name, run.data.name or "mixture")
+        train["output_dir"] = "runs/" + "-".join(Path(name).name.removesuffix(Path(name).suffix) or name for name in names)
+    return train
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it (TrainingArguments' enumerations are strings)."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value.value if isinstance(value, Enum) else value
