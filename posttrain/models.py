@@ -8,7 +8,7 @@ modules, so the hooks of DDP, DeepSpeed ZeRO-3, FSDP2 and PEFT fire as in any fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -110,7 +110,9 @@ def _head_modules(lm: PreTrainedModel) -> list[nn.Module]:
     """The modules that own an output head: one, or the original and its trained copies under PEFT's modules_to_save."""
     module = lm.get_output_embeddings()
     if module is None:
-        raise UserError(f"model: {type(lm).__name__} has no output head (get_output_embeddings); a causal language model is needed")
+        raise UserError(
+            f"model: {type(lm).__name__} has no output head (get_output_embeddings); a causal language model is needed"
+        )
     children = dict(module.named_children())
     if "modules_to_save" in children:
         return [children["original_module"], *children["modules_to_save"].values()]
@@ -255,7 +257,7 @@ def dtypes(parameters: Sequence[Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _readable(where: str, name: str):
+def _readable(where: str, name: str) -> Iterator[None]:
     """Turn the many ways in which a folder or a hub repository cannot be read into one line."""
     if Path(name).is_absolute() or name.startswith((".", "~")):
         folder = Path(name).expanduser()
@@ -266,3 +268,14 @@ def _readable(where: str, name: str):
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{where}: {name} cannot be loaded; give a model folder or a hub id. {reason}") from None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)

@@ -7,7 +7,6 @@ a key, so a sweep computes each reference log-prob once.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from .models import Request, head_of, model_inputs
+from .models import Request, evaluating, head_of, model_inputs
 from .schema import UserError
 from .trees import TreeCollator
 
@@ -74,7 +73,7 @@ class AdapterOff:
 
     def answer(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> dict[str, Tensor]:
         """What the reference says of the tokens in `request`; `model` is the policy."""
-        with torch.no_grad(), _evaluating(model), model.disable_adapter():
+        with torch.no_grad(), evaluating(model), model.disable_adapter():
             return model(**inputs, statistics=request)
 
     def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> Head:
@@ -141,7 +140,7 @@ class CachedLogps:
         collate = TreeCollator(roles=roles, layout=layout)
         order = sorted(range(len(rows)), key=lambda i: _row_tokens(rows[i], roles))
         shard: list[tuple[bytes, np.ndarray]] = []
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             for start in range(0, len(order), batch_size):
                 chosen = [rows[i] for i in order[start : start + batch_size]]
                 batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
@@ -220,13 +219,3 @@ def _read_shard(path: Path) -> Iterator[tuple[bytes, np.ndarray]]:
     ends = lengths.cumsum()
     for key, start, end in zip(keys, ends - lengths, ends, strict=True):
         yield key.tobytes(), logps[start:end]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)

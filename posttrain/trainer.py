@@ -80,27 +80,32 @@ class Trainer(transformers.Trainer):
         self.want = ("logp", *(_statistic(name) for name in objective.want(config)))
         self.needs_reference_head = any(isinstance(s, Separable) or s in ("forward_kl", "reverse_kl") for s in self.want)
         if self.needs_reference_head and isinstance(reference, CachedLogps):
-            raise UserError(f"reference.kind: {objective.name} reads the reference over the whole vocabulary; use frozen or adapter")
+            raise UserError(
+                f"reference.kind: {objective.name} reads the reference over the whole vocabulary; use frozen or adapter"
+            )
         if args.n_gpu > 1:
-            raise UserError("launch: several GPUs are visible to one process; start one per GPU: --launch ddp, or set one visible")
+            raise UserError(
+                "launch: several GPUs are visible to one process; start one per GPU: --launch ddp, or set one visible"
+            )
         self.layout, self.starts_at_reference = layout, starts_at_reference
         self.model_config = causal_lm(model).config
         self.meter, self.eval_meter = Meter(), Meter()
-        super().__init__(model=model, args=args, data_collator=self.collator("tree" if layout == "auto" else layout), **kwargs)
+        super().__init__(model=model, args=args, data_collator=self.collator(), **kwargs)
         if reference is not None:
             reference.prepare(self.accelerator)
         self.add_callback(SelfCheck(self))
 
-    def collator(self, layout: str) -> TreeCollator:
-        """Rows -> batch in a layout."""
+    def collator(self) -> TreeCollator:
+        """Rows -> batch. For `layout: auto` the self-check sets its layout before the first batch is made."""
+        layout = "tree" if self.layout == "auto" else self.layout
         lookup = self.reference.lookup if isinstance(self.reference, CachedLogps) else None
         scale = attention_scale(self.model_config)
         return TreeCollator(roles=self.roles, columns=self.columns, layout=layout, reference=lookup, attention_scale=scale)
 
-    def statistics(self, model: nn.Module, batch: dict[str, Tensor], *, layout: str | None = None) -> Any:
+    def statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not)."""
         inner = self.accelerator.unwrap_model(model)
-        inputs = model_inputs(inner, batch, layout or self.data_collator.layout)
+        inputs = model_inputs(inner, batch, self.data_collator.layout)
         request = Request(gather=batch["gather"], targets=batch["targets"], want=self.want, impl=self.impl)
         reference_logps = batch.get("reference_logps")
         if self.reference is not None and reference_logps is None:

@@ -277,7 +277,7 @@ def shareable(model: torch.nn.Module) -> str | None:
         return _OWN_MASKS[config.model_type]
     if settings.get("alibi"):
         return "it derives positions (ALiBi) from row indices"
-    if "position_ids" not in inspect.signature(base.forward).parameters:
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
         return "its forward takes no position ids"
     if config._attn_implementation not in _SEES_MASKS:
         return f"{config._attn_implementation} ignores 4-D attention masks (use sdpa, eager or flex_attention)"
