@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Sums of metrics since the last `clear`; a metric's name says how it is reduced (`/max`, `/min`, `/sum`, else the mean)."""
+    """Sums of metrics since the last `clear`; a name ends in how it is reduced (`/max`, `/min`, `/sum`, else the mean)."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -160,7 +160,7 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's mean loss, times the number of processes (gradients are averaged over them)."""
+        """This micro-batch's share of the step's mean loss, times the processes (gradients are averaged over them)."""
         statistics = self.statistics(model, inputs)
         loss = self.objective(self.config, statistics)
         counts = self.counts([inputs], self.args.device) if num_items_in_batch is None else num_items_in_batch

@@ -44,7 +44,7 @@ class _Unit:
         return len(self.prompt) + sum(len(completion) - 1 for _, completion in self.branches)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TreeCollator:
     """Lays rows of data into a batch: `collator(rows) -> dict of tensors`, deterministic.
 
