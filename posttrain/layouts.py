@@ -1,0 +1,292 @@
+"""Layouts: which columns of a data set hold the prompt and the completions, and how one of its rows becomes an example.
+
+Detected once, from the column names and the first rows, and then applied to every row. What an example needs depends only on
+its roles (`("chosen", "rejected")` for pairs, `("completion",)` for one answer, `()` for prompts alone); `ALIASES` is the
+table of column names to look for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .conversations import (
+    ANSWER,
+    TURN,
+    Message,
+    Text,
+    Unusable,
+    common_answer,
+    common_messages,
+    common_words,
+    kind_of,
+    messages,
+    says_something,
+    turns,
+    without_none,
+)
+from .schema import UserError, suggest
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools",),
+    "messages": ("messages", "conversations", "conversation"),
+    "chosen": ("chosen", "chosen_response", "response_chosen", "preferred"),
+    "rejected": ("rejected", "rejected_response", "response_rejected", "dispreferred"),
+    "completion": ("completion", "response", "output", "answer", "solution"),
+    "label": ("label",),
+}
+"""What a column is for -> names it goes by, the first match wins. A role or number that is not here goes by its own name."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its completions: all messages (a chat template will render them) or all plain text."""
+
+    prompt: Text
+    """Everything before the completions."""
+
+    completions: list[Text]
+    """One a role; lists of assistant messages, or text that continues the prompt as it stands."""
+
+    tools: list[Any] | None = None
+    """Tool descriptions for the chat template."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one data set are read."""
+
+    kind: str
+    """`messages`, `transcript` (Human/Assistant turns in text), `request` (an instruction or question) or `text`."""
+
+    chat: bool
+    """Whether examples are messages for the chat template, or plain text."""
+
+    mapping: Mapping[str, str]
+    """What a column is for -> its name."""
+
+    roles: tuple[str, ...]
+    """Completions of a row, in order."""
+
+    numbers: tuple[str, ...] = ()
+    """Per-row numbers to carry along (a label, a score)."""
+
+    repeated: bool = False
+    """The completions' text begins with the prompt's text."""
+
+    system: str | None = None
+    """System prompt for rows that have none."""
+
+    where: str = "data"
+    """How messages call the data set."""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether the prompt is what the completions have in common."""
+        return "prompt" not in self.mapping
+
+    def __str__(self) -> str:
+        prompt = "the common beginning" if self.implicit else "repeated in the completions" if self.repeated else "explicit"
+        return f"{self.kind}, prompt {prompt}, {'chat template' if self.chat else 'plain text'}"
+
+    def example(self, row: Mapping[str, Any], number: int) -> Example:
+        """The example in a row; `number` counts from 1 and stands in errors.
+
+        Raises:
+            Unusable: it has to be left out, and counted.
+            UserError: a value of the wrong type.
+        """
+        sides = [self._text(row, role, number) for role in self.roles]
+        prompt = None if self.implicit else self._text(row, "prompt", number)
+        if prompt is not None and "input" in self.mapping and row[self.mapping["input"]]:
+            prompt = f"{prompt}\n\n{row[self.mapping['input']]}"
+        prompt, sides = self._chat(prompt, sides) if self.chat else self._plain(prompt, sides)
+        if not all(says_something(side) for side in sides):
+            raise Unusable("empty completion")
+        system = row.get(self.mapping.get("system", "")) or self.system
+        if system and isinstance(prompt, str):
+            prompt = f"{system}\n\n{prompt}"
+        elif system and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": system}, *prompt]
+        return Example(prompt, sides, self._tools(row, number))
+
+    def _chat(self, prompt: Text | None, sides: list[Text]) -> tuple[list[Message], list[Text]]:
+        if self.kind == "transcript":
+            prompt, sides = self._turns(prompt, sides)
+        else:
+            said = isinstance(prompt, str)
+            asked = [{"role": "user", "content": prompt}] if said else prompt
+            if said and self.repeated:
+                sides = [side.removeprefix(prompt) if isinstance(side, str) else side for side in sides]
+            sides = [[{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in sides]
+            whole = [bool(side) and side[0]["role"] != "assistant" for side in sides]
+            if asked is None or (said and sides and all(whole)):
+                prompt, sides = common_messages(sides)
+            else:
+                prompt = asked if sides else _asked(asked)
+                sides = [side[len(asked) :] if side[: len(asked)] == asked else side for side in sides]
+        if any(message["role"] != "assistant" for side in sides for message in side):
+            raise Unusable("completion with another speaker's turn")
+        if not says_something(prompt):
+            raise Unusable("empty prompt")
+        return prompt, sides
+
+    def _turns(self, prompt: str | None, sides: list[str]) -> tuple[list[Message], list[list[Message]]]:
+        if not sides:
+            return _asked(turns(prompt)), []
+        before = "" if self.implicit or self.repeated else prompt
+        return common_messages([turns(before + side) for side in sides])
+
+    def _plain(self, prompt: str | None, sides: list[str]) -> tuple[str, list[str]]:
+        if prompt is None:
+            at = common_answer(sides) if self.kind == "transcript" else common_words(sides)
+            prompt, sides = sides[0][:at], [side[at:] for side in sides]
+        elif self.repeated:
+            sides = [side.removeprefix(prompt) for side in sides]
+        elif self.kind == "request":
+            prompt = f"{prompt}\n\n"
+        if self.kind == "transcript" and any("\n\nHuman:" in side for side in sides):
+            raise Unusable("completion with another speaker's turn")
+        return prompt, sides
+
+    def _text(self, row: Mapping[str, Any], name: str, number: int) -> Text:
+        column = self.mapping.get(name) or self.mapping["messages"]
+        got, where = row[column], f"{self.where}: row {number}: column {column!r}"
+        expected = "messages" if self.kind == "messages" else "text"
+        if isinstance(got, str) and (expected == "text" or name in self.mapping):
+            return got
+        if expected == "messages" and isinstance(got, (list, dict)):
+            return messages(got, where)
+        raise UserError(f"{where} holds {kind_of(got)}, expected {expected}")
+
+    def _tools(self, row: Mapping[str, Any], number: int) -> list[Any] | None:
+        got = row[self.mapping["tools"]] if "tools" in self.mapping else None
+        try:
+            got = json.loads(got) if isinstance(got, str) and got else got
+        except json.JSONDecodeError:
+            raise UserError(f"{self.where}: row {number}: column {self.mapping['tools']!r} is text that is not JSON") from None
+        return without_none(got) or None
+
+
+def detect(
+    sample: Sequence[Mapping[str, Any]],
+    roles: Sequence[str],
+    *,
+    numbers: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    form: str = "auto",
+    template: bool = True,
+    markers: Sequence[str] = (),
+    system: str | None = None,
+    where: str = "data",
+) -> Layout:
+    """The layout of a data set from its first rows.
+
+    Args:
+        sample: rows as dicts, at least one.
+        roles: completions that a row must have.
+        numbers: columns of numbers that a row must have.
+        columns: overrides, what a column is for -> its name.
+        form: `auto`, `chat` or `plain`.
+        template: whether the tokenizer has a chat template.
+        markers: special tokens as text; a text that holds one has been through a template and is left as it stands.
+        system: system prompt for rows that have none.
+        where: how errors call the data set.
+
+    Raises:
+        UserError: a column is missing or of the wrong type, or messages meet a tokenizer without a chat template.
+    """
+    mapping, repeated = _map(list(sample[0]), roles, numbers, columns or {}, where), False
+    texts = [name for name in ("prompt", *roles) if name in mapping] or ["messages"]
+    kind = _shape(sample, mapping, texts, where)
+    if kind == "messages":
+        if form == "plain":
+            raise UserError(f"{where}: data.format = 'plain' but {mapping[texts[-1]]!r} holds messages; drop the setting")
+        if not template:
+            raise UserError(
+                f"{where}: {mapping[texts[-1]]!r} holds messages and the tokenizer has no chat template;"
+                " pass one with --model.chat_template <file>, or use an instruction-tuned model"
+            )
+        chat = True
+    else:
+        first = [[row[mapping[name]] for name in texts] for row in sample]
+        first = [row for row in first if all(isinstance(text, str) for text in row)]
+        rendered = any(marker in text for row in first for text in row for marker in markers)
+        if "prompt" in mapping and roles:
+            repeated = all(row[0] and all(side.startswith(row[0]) for side in row[1:]) for row in first)
+        if not rendered and all(TURN.search(row[0]) and ANSWER in "\n\n" + row[0] for row in first):
+            kind = "transcript"
+        elif mapping.get("prompt", "prompt") in ALIASES["prompt"][1:] and "prompt" not in (columns or {}):
+            kind = "request"
+        loose = "prompt" not in mapping and kind == "text"
+        if form == "chat" and loose:
+            raise UserError(f"{where}: data.format = 'chat' needs a prompt column; columns: {', '.join(sample[0])}")
+        if form == "chat" and not template:
+            raise UserError(
+                f"{where}: data.format = 'chat' and the tokenizer has no chat template; pass --model.chat_template <file>"
+            )
+        chat = form == "chat" or (form == "auto" and template and not loose and not rendered)
+    return Layout(kind, chat, mapping, tuple(roles), tuple(numbers), repeated, system, where)
+
+
+def _map(
+    have: list[str], roles: Sequence[str], numbers: Sequence[str], columns: Mapping[str, str], where: str
+) -> dict[str, str]:
+    wanted = {"prompt": False, **dict.fromkeys((*roles, *numbers), True), "system": False, "tools": False, "messages": False}
+    possible = [*wanted, "input"]
+    for name, column in columns.items():
+        if name not in possible:
+            raise UserError(f"{where}: data.columns: unknown {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}")
+        if column not in have:
+            raise UserError(
+                f"{where}: data.columns.{name}: no column {column!r}{suggest(column, have)} Columns: {', '.join(have)}"
+            )
+    found = dict(columns)
+    for name in wanted:
+        match = [column for column in ALIASES.get(name, (name,)) if column in have]
+        if name not in found and match:
+            found[name] = match[0]
+    if found.get("prompt") == "instruction" and "input" not in found:
+        found.update([("input", column) for column in ALIASES["input"] if column in have][:1])
+    if "messages" in found and "prompt" not in found and (len(roles) != 1 or roles[0] in found):
+        found["prompt"] = found.pop("messages")
+    single = len(roles) == 1 and "messages" in found and roles[0] not in found
+    if single:
+        found.pop("prompt", None)
+    else:
+        found.pop("messages", None)
+    missing = [name for name, needed in wanted.items() if needed and name not in found and not (single and name in roles)]
+    if len(roles) < 2 and not single and "prompt" not in found:
+        missing.insert(0, "prompt")
+    if missing:
+        looked = ", ".join(ALIASES.get(missing[0], (missing[0],)))
+        raise UserError(
+            f"{where}: no column for {missing[0]!r} (looked for {looked}); columns: {', '.join(have)};"
+            f" name one with --data.columns.{missing[0]} <column>"
+        )
+    return found
+
+
+def _shape(sample: Sequence[Mapping[str, Any]], mapping: Mapping[str, str], names: list[str], where: str) -> str:
+    """`messages` if any column of text or messages holds messages in the first row that has a value, else `text`."""
+    shapes = set()
+    for name in names:
+        column = mapping[name]
+        value = next((row[column] for row in sample if row[column] is not None), None)
+        if not isinstance(value, (str, dict, list)):
+            raise UserError(f"{where}: row 1: column {column!r} holds {kind_of(value)}, expected text or a list of messages")
+        shapes.add("text" if isinstance(value, str) else "messages")
+    return "messages" if "messages" in shapes else "text"
+
+
+def _asked(conversation: list[Message]) -> list[Message]:
+    """The conversation up to the last turn that is not the assistant's."""
+    end = len(conversation)
+    while end and conversation[end - 1]["role"] == "assistant":
+        end -= 1
+    return conversation[:end]
