@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .head import FLOOR, Head, Separable, Want, common
+from .head import FLOOR, KLS, Head, Separable, Want, common
 
 
 def logits(head: Head, size: int) -> Tensor:
@@ -53,17 +53,10 @@ def dense_stats(
                 with torch.no_grad():
                     out[entry] = logits(ref, ref.size).log_softmax(-1).gather(1, target[:, None]).squeeze(1).to(lp.dtype)
             case _:
-                f = entry.f if isinstance(entry, Separable) else KLS[entry]
+                divergence = entry if isinstance(entry, Separable) else KLS[entry]
                 size = common(head, ref)
                 with torch.no_grad():
                     lq = logits(ref, size).log_softmax(-1).clamp(min=FLOOR).to(lp.dtype)
                 common_lp = z[:, :size].log_softmax(-1).clamp(min=FLOOR)
-                out[entry if isinstance(entry, str) else entry.name] = f(common_lp, lq).sum(-1)
+                out[divergence.name] = divergence.f(common_lp, lq).sum(-1)
     return out
-
-
-KLS = {
-    "forward_kl": lambda lp, lq: lq.exp() * (lq - lp),
-    "reverse_kl": lambda lp, lq: lp.exp() * (lp - lq),
-}
-"""The two divergences that have a name of their own: KL(ref || policy) and KL(policy || ref)."""

@@ -70,7 +70,8 @@ class Head:
 class Separable:
     """A statistic sum_v f(log policy(v), log reference(v)) over the common vocabulary.
 
-    f is elementwise, in torch operations that autograd knows; it sees log-probs not below FLOOR.
+    f is elementwise, in torch operations that autograd knows; it sees log-probs not below FLOOR, and no gradient flows to
+    log-probs that are.
     """
 
     name: str
@@ -78,6 +79,16 @@ class Separable:
 
     f: Callable[[Tensor, Tensor], Tensor]
     """(lp, lq), equal shapes -> the term of the sum."""
+
+    slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(lp, lq) -> derivative of f in lp, if it is worth writing down; else autograd takes it."""
+
+
+KLS = {
+    "forward_kl": Separable("forward_kl", lambda lp, lq: lq.exp() * (lq - lp), lambda lp, lq: -lq.exp()),
+    "reverse_kl": Separable("reverse_kl", lambda lp, lq: lp.exp() * (lp - lq), lambda lp, lq: lp.exp() * (lp - lq + 1)),
+}
+"""The divergences that have a name of their own: KL(ref || policy) and KL(policy || ref)."""
 
 
 Want = str | Separable
