@@ -18,7 +18,7 @@ OUTPUT_DIR = "runs/<objective>-<model>-<data>"
 """Stands for the output folder until the run is known."""
 
 WHERE_AVAILABLE = "where the device has it"
-"""Stands for the value of `bf16` until the device is known."""
+"""Stands for a value until the device is known."""
 
 DEFAULTS: dict[str, tuple[Any, str]] = {
     "output_dir": (OUTPUT_DIR, "a folder per run"),
@@ -32,6 +32,11 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "logging_nan_inf_filter": (False, "a loss that is not a number is shown, not averaged away"),
     "save_total_limit": (2, "a checkpoint holds the optimizer, three times the model"),
     "eval_strategy": ("epoch", "where held-out data is given; no otherwise"),
+    "dataloader_pin_memory": (WHERE_AVAILABLE, "there is nothing to pin for without a GPU"),
+    "accelerator_config": (
+        {"dispatch_batches": False},
+        "each process packs its own rows; packed batches cannot be cut and sent",
+    ),
     "report_to": ("none", "nothing leaves the machine unasked"),
     "remove_unused_columns": (False, "rows are token ids; the collator uses all of them"),
 }

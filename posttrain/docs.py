@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from . import arguments, registry, shipped
-from .schema import adapter, suggest, UserError
+from .schema import UserError, adapter, suggest
 from .settings import DataConfig, ModelConfig, ReferenceConfig
 
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
@@ -36,13 +37,14 @@ class Option:
 def options(kind: type, section: str = "") -> list[Option]:
     """The settings of a dataclass; `section` prefixes their flags (`model` -> `--model.dtype`, and `--model` for its name)."""
     schema = adapter(kind).json_schema()
+    defaults = {field.name: _default(field) for field in dataclasses.fields(kind)}
     rows = []
     for name, entry in schema["properties"].items():
         flag = f"--{section}.{name}" if section else f"--{name}"
         if section in ("model", "data") and name == "name":
             flag = f"--{section}"
         required = name in schema.get("required", ())
-        default = "required" if required else _yaml(entry.get("default"))
+        default = "required" if required else _yaml(defaults[name])
         description = " ".join(entry.get("description", "").split())
         if "examples" in entry:
             description += f" Possible: {', '.join(entry['examples'])}."
@@ -124,14 +126,9 @@ def table(rows: list[Option]) -> str:
 
 
 def _show_train() -> str:
-    import dataclasses
-
     from transformers import TrainingArguments
 
-    theirs = {
-        field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(TrainingArguments)
-    }
+    theirs = {field.name: _default(field) for field in dataclasses.fields(TrainingArguments)}
     lines = ["Arguments of transformers.TrainingArguments (described there). Where the default is ours:"]
     lines += [f"  train.{o.flag[8:]} = {o.default}  ({o.description})" for o in train_defaults()]
     lines += ["", "Refused, because this trainer would ignore them:"]
@@ -140,6 +137,11 @@ def _show_train() -> str:
     skip = {*arguments.DEFAULTS, *arguments.REFUSED}
     lines += [f"  train.{name} = {_yaml(value)}" for name, value in theirs.items() if name not in skip]
     return "\n".join(lines)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _sentence(kind: type) -> str:

@@ -6,8 +6,8 @@ import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
@@ -211,11 +211,19 @@ def _refuse_contradictions(run: Run) -> None:
         raise UserError("reference: model is the policy itself where kind = adapter; use frozen or cached for another model")
     if run.model.merge and run.model.peft is None:
         raise UserError("model: merge = True merges an adapter, and model.peft gives none")
+    if run.train.get("eval_strategy", "no") != "no" and not _evaluates(run):
+        raise UserError(f"train: eval_strategy = {run.train['eval_strategy']!r} needs rows: give data.eval or data.eval_size")
+
+
+def _evaluates(run: Run) -> bool:
+    return run.data.eval is not None or run.data.eval_size > 0
 
 
 def _with_defaults(run: Run) -> dict[str, Any]:
     """What the user gave under `train:`, then our defaults for the rest."""
     train = {name: value for name, (value, _) in arguments.DEFAULTS.items()} | dict(run.train)
+    if not _evaluates(run):
+        train["eval_strategy"] = "no"
     if train["output_dir"] in (None, arguments.OUTPUT_DIR):
         names = (run.objective.name, run.model.name, run.data.name or "mixture")
         train["output_dir"] = "runs/" + "-".join(Path(name).name.removesuffix(Path(name).suffix) or name for name in names)

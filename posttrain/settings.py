@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import BeforeValidator
+
+from .schema import STRICT, NonNegativeInt, Positive, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ class ModelConfig:
     """Keep the model's own dropout while training; off, so that policy and reference start equal."""
 
     peft: dict[str, Any] | None = None
-    """Settings of a PEFT adapter, verbatim (r, lora_alpha, target_modules, ...; peft_type LORA unless given); None trains all."""
+    """Settings of a PEFT adapter, verbatim (r, lora_alpha, target_modules, ...; peft_type LORA unless given); None: train all."""
 
     merge: bool = False
     """Merge the adapter into the exported model."""
@@ -58,8 +64,93 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained on."""
+class Source:
+    """One data set of a mixture, or the one to evaluate on."""
+
+    __pydantic_config__ = STRICT
 
     name: str | None = None
-    """Hub id, file (JSON, JSONL, Parquet, CSV) or folder."""
+    """Hub id, file or folder; for `eval`, the training set's when absent."""
+
+    subset: str | None = None
+    """Configuration of a hub data set."""
+
+    split: str | None = None
+    """Split to read; `train`, or the only one, when absent."""
+
+    columns: Mapping[str, str] | None = None
+    """What a column is for -> its name, where detection is wrong; the training set's `columns` when absent."""
+
+    limit: PositiveInt | None = None
+    """Read only the first rows."""
+
+    weight: Positive = 1.0
+    """In a mixture, how often each row is used in an epoch: 0.25 takes a random quarter, 2 takes every row twice. Of streams,
+    whose size is unknown, the relative rate at which rows are drawn."""
+
+
+EvalSource = Annotated[Source, BeforeValidator(lambda got: {"name": got} if isinstance(got, str) else got)]
+"""A data set, or just its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Settings of the data."""
+
+    name: str | None = None
+    """Hub id, local .json, .jsonl, .parquet, .csv or .tsv file, or folder."""
+
+    mixture: tuple[Source, ...] = ()
+    """Several data sets instead of `name`: a list of {name, weight, subset, split, columns, limit}."""
+
+    subset: str | None = None
+    """Configuration of a hub data set."""
+
+    split: str | None = None
+    """Split to train on; `train`, or the only one, when absent. Slices such as `train[:10%]` work."""
+
+    eval: EvalSource | None = None
+    """Separate rows to evaluate on: a name, or {name, subset, split, columns, limit}."""
+
+    eval_size: NonNegativeInt = 0
+    """Rows to hold out for evaluation instead: drawn with `seed`, of a stream the first ones."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What a column is for -> its name, where detection is wrong, such as {prompt: question}."""
+
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """`chat` renders text through the tokenizer's chat template (a prompt is one user turn, an HH transcript is its turns),
+    `plain` takes it as it stands, `auto` is chat wherever there is a template and the text is not rendered already."""
+
+    system: str | None = None
+    """System prompt for rows that have none."""
+
+    max_length: Annotated[int, Ge(2)] = 1024
+    """Tokens of the prompt and any one completion together."""
+
+    max_prompt: PositiveInt | None = None
+    """Tokens of the prompt; no limit of its own when absent."""
+
+    too_long: Literal["drop", "truncate_prompt", "error"] = "drop"
+    """Longer rows: leave out, cut the prompt from the left (its leading special tokens and completions stay whole), or stop."""
+
+    identical: Literal["drop", "keep", "error"] = "drop"
+    """Pairs of equal completions: they have no gradient in a preference loss and only blur its metrics."""
+
+    empty: Literal["drop", "error"] = "drop"
+    """Rows with an empty completion or prompt: leave out, or stop."""
+
+    limit: PositiveInt | None = None
+    """Read only the first rows of each training set."""
+
+    streaming: bool = False
+    """Read rows as they are needed, without download or cache; training then needs train.max_steps."""
+
+    shuffle_buffer: NonNegativeInt | None = None
+    """Streaming only: rows to shuffle among, 1000 when absent; 0 keeps their order. (Otherwise the trainer shuffles.)"""
+
+    seed: NonNegativeInt = 0
+    """Of held-out rows, mixture and stream. The order within an epoch is the trainer's (train.seed)."""
+
+    num_proc: PositiveInt | None = None
+    """Processes that tokenise; one when absent."""

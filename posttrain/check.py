@@ -1,0 +1,90 @@
+"""`posttrain check`: everything about a run that can be known without its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from . import console, memory
+from .data import Loaded
+from .models import _add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
+from .recipe import Run
+from .records import checkpoint_to_resume
+from .run import describe_reference, load_data, quiet_libraries, reference_kind, require_extras, settle
+from .schema import UserError
+from .trees import shareable
+
+
+def check(run: Run) -> None:
+    """Resolve a run and print what it would do.
+
+    Raises:
+        UserError: what `posttrain train` would refuse before it reads weights.
+    """
+    quiet_libraries()
+    require_extras(run)
+    run, args = settle(run)
+    load_config(run.model)
+    tokenizer = load_tokenizer(run.model)
+    loaded = load_data(run, args, tokenizer)
+    model = outline(run)
+    out = console.console()
+    for title, section in run.resolved().items():
+        if isinstance(section, dict):
+            console.show({key: str(value) for key, value in section.items() if value not in (None, {}, [])}, title, out)
+    console.show(_data(loaded), "data as read", out)
+    console.show(_example(loaded), "first row as the model sees it", out)
+    console.show(_plan(run, args, loaded, model), "plan", out)
+
+
+def outline(run: Run) -> nn.Module:
+    """The policy without weights: parameters on the meta device."""
+    dtype = run.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if run.model.peft is not None and bf16_available() else "float32"
+    with torch.device("meta"):
+        config = load_config(run.model)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=vars(torch)[dtype], trust_remote_code=run.model.trust_remote_code
+        )
+        return model if run.model.peft is None else _add_adapter(model, run.model.peft)
+
+
+def _data(loaded: Loaded) -> dict[str, str]:
+    return {"rows": str(loaded.report)}
+
+
+def _example(loaded: Loaded) -> dict[str, str]:
+    return dict(loaded.report.train[0].example)
+
+
+def _plan(run: Run, args: TrainingArguments, loaded: Loaded, model: nn.Module) -> dict[str, str]:
+    total, trainable = parameter_counts(model)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    predicted = memory.predict(memory.shape(run, args, model, loaded.train, reference_kind(run)))
+    apart = shareable(model)
+    shared = f"prompts apart, because {apart}" if apart else "prompts shared, where the step-0 check finds it exact"
+    return {
+        "model": f"{total:,} parameters, {trainable:,} trained",
+        "reference": describe_reference(run),
+        "layout": shared if run.layout == "auto" else run.layout,
+        "steps": f"{_steps(args, loaded, rows)} of {rows} rows",
+        "memory": f"{memory.gib(sum(predicted.values()))} on each device: "
+        + ", ".join(f"{name} {memory.gib(size)}" for name, size in predicted.items() if size),
+        "output": _output(run, args),
+    }
+
+
+def _steps(args: TrainingArguments, loaded: Loaded, rows: int) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    return int(-(-loaded.report.train_rows // rows) * args.num_train_epochs)
+
+
+def _output(run: Run, args: TrainingArguments) -> str:
+    try:
+        checkpoint = checkpoint_to_resume(run)
+    except UserError as error:
+        return f"{args.output_dir}; training would be refused: {error}"
+    return f"{args.output_dir}" + (f", continued from {checkpoint}" if checkpoint else "")

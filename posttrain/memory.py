@@ -1,0 +1,146 @@
+"""Predicted peak memory of one device, from the configuration of a model. An estimate to plan with, not a measurement.
+
+    weights      parameters * bytes of their dtype
+    gradients    trainable parameters * bytes of their dtype
+    optimizer    trainable parameters * 8 (the two float32 moments of Adam; 0 for SGD)
+    reference    a frozen model: parameters * bytes; otherwise 0
+    activations  tokens * layers * hidden * 34 bytes in 16-bit, twice that in float32: what a layer keeps for its backward under
+                 an attention that stores no [T, T] matrix; with gradient checkpointing 2 bytes a layer and one layer whole
+    vocabulary   the workspace of the kernel and the hidden states of completion tokens
+
+Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too.
+Source of the 34 bytes: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
+arXiv:2205.05198, equation 2 without its attention term.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainingArguments
+
+from .models import causal_lm, parameter_counts
+from .recipe import Run
+from .trainer import roles_of
+from .trees import shareable
+
+_ACTIVATION_BYTES = 34
+_LOOKED_AT = 256
+_WORKSPACE = 256 * 2**20
+"""Bytes of the kernel's tiles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the estimate needs to know of a run."""
+
+    parameters: int
+    """All parameters of the policy."""
+
+    trainable: int
+    """Those that are trained."""
+
+    parameter_bytes: int
+    """Bytes of one, 2 or 4."""
+
+    compute_bytes: int
+    """Bytes of one activation, 2 or 4."""
+
+    layers: int
+    """Decoder layers."""
+
+    hidden: int
+    """Width."""
+
+    tokens: int
+    """Tokens in a micro-batch: prompts (once or, with separate sequences, per completion) and completions."""
+
+    checkpointing: bool = False
+    """Gradient checkpointing."""
+
+    frozen_reference: bool = False
+    """A second model is held."""
+
+    adam: bool = True
+    """The optimizer keeps two moments."""
+
+    shards: int = 1
+    """Processes that share what is sharded."""
+
+    sharded: str = "none"
+    """`none`, `optimizer` (ZeRO-2) or `all` (ZeRO-3, FSDP2)."""
+
+
+def shape(run: Run, args: TrainingArguments, model: nn.Module, rows: Iterable[Mapping[str, Any]], kind: str) -> Shape:
+    """What the estimate needs, of a run.
+
+    Args:
+        run: its settings.
+        args: the same `train:` section, complete.
+        model: the policy; it may be without weights (on the meta device).
+        rows: tokenised rows; the first ones are looked at.
+        kind: of reference (run.reference_kind).
+    """
+    total, trainable = parameter_counts(model)
+    config = causal_lm(model).config.get_text_config()
+    weight = max((p for p in model.parameters()), key=lambda p: p.numel())
+    shared = run.layout != "separate" and not shareable(model)
+    return Shape(
+        parameters=total,
+        trainable=trainable,
+        parameter_bytes=weight.element_size(),
+        compute_bytes=2 if args.bf16 or args.fp16 else weight.element_size(),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        tokens=round(args.per_device_train_batch_size * _tokens(rows, roles_of(run.objective.family), shared)),
+        checkpointing=args.gradient_checkpointing,
+        frozen_reference=kind == "frozen",
+        adam="adam" in args.optim.lower(),
+        shards=args.world_size,
+        sharded=_sharded(),
+    )
+
+
+def _tokens(rows: Iterable[Mapping[str, Any]], roles: Sequence[str], shared: bool) -> float:
+    """Tokens a row takes through the model, the 95th percentile of the first rows."""
+    found = []
+    for row in itertools.islice(rows, _LOOKED_AT):
+        sides = [len(completion) for role in roles for completion in row[role]]
+        found.append(sum(sides) + len(row["prompt"]) * (1 if shared else len(sides)))
+    return float(np.quantile(found, 0.95))
+
+
+def _sharded() -> str:
+    """How accelerate was told to shard: `none`, `optimizer` or `all`."""
+    kind = PartialState().distributed_type
+    if kind == "DEEPSPEED":
+        return "all" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "optimizer"
+    return "all" if kind == "FSDP" else "none"
+
+
+def predict(of: Shape) -> dict[str, float]:
+    """Bytes by purpose, on one device."""
+    weights_over = of.shards if of.sharded == "all" else 1
+    optimizer_over = of.shards if of.sharded in ("all", "optimizer") else 1
+    layer = of.tokens * of.hidden * _ACTIVATION_BYTES * of.compute_bytes / 2
+    inputs = of.tokens * of.hidden * of.layers * of.compute_bytes
+    return {
+        "weights": of.parameters * of.parameter_bytes / weights_over,
+        "gradients": of.trainable * of.parameter_bytes / optimizer_over,
+        "optimizer": of.trainable * 8 * of.adam / optimizer_over,
+        "reference": of.parameters * of.parameter_bytes * of.frozen_reference / weights_over,
+        "activations": inputs + layer if of.checkpointing else layer * of.layers,
+        "vocabulary": _WORKSPACE + of.tokens * of.hidden * of.compute_bytes,
+    }
+
+
+def gib(size: float) -> str:
+    """Bytes as text in GiB."""
+    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"

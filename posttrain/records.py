@@ -1,0 +1,137 @@
+"""What a run leaves in its output folder beside the model: the resolved run (JSON) and its metrics (JSON lines).
+
+The resolved run says whose checkpoints a folder holds, so that no run continues or overwrites another's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .recipe import Run
+from .schema import UserError
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+
+IDENTITY = ("objective", "model", "data", "reference", "layout")
+"""The sections of a run that make it another run. Those left (train, imports) may differ when one is continued."""
+
+
+def checkpoint_to_resume(run: Run) -> str | None:
+    """The checkpoint that this run continues (train.resume_from_checkpoint), after a look at whose it is; None starts anew.
+
+    Raises:
+        UserError: the checkpoint is another run's or does not exist; or nothing is resumed and the output folder holds
+            checkpoints, of this run or of another.
+    """
+    output = Path(run.train["output_dir"])
+    asked = run.train.get("resume_from_checkpoint")
+    if not asked or asked in ("false", "False"):
+        _refuse_to_overwrite(run, output)
+        return None
+    if asked is True or asked in ("true", "True"):
+        found = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if found is None:
+            raise UserError(f"train.resume_from_checkpoint: {output} holds no checkpoint; leave it out to start anew")
+    elif not Path(asked, "trainer_state.json").is_file():
+        raise UserError(f"train.resume_from_checkpoint: {asked} is no checkpoint folder (checkpoint-<step>)")
+    else:
+        found = str(asked)
+    if difference := _difference(run, Path(found)):
+        raise UserError(f"train.resume_from_checkpoint: {found} is a checkpoint of another run: {difference}")
+    return found
+
+
+def _refuse_to_overwrite(run: Run, output: Path) -> None:
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    difference = _difference(run, output) if last or list(output.glob("*.safetensors")) else ""
+    if difference:
+        raise UserError(
+            f"train.output_dir: {output} holds another run's checkpoints or model: {difference}; choose another folder"
+        )
+    if last:
+        raise UserError(
+            f"train.output_dir: {output} holds checkpoints of this run (the last is {Path(last).name}); "
+            "train.resume_from_checkpoint=true continues it, another folder starts anew"
+        )
+
+
+def _difference(run: Run, folder: Path) -> str:
+    """The first setting in which `run` differs from the run that wrote `folder`; empty where there is none."""
+    path = folder / RUN
+    if not path.is_file():
+        return f"it has no {RUN}, so posttrain did not write it"
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{path} is damaged ({error})"
+    ours = json.loads(json.dumps(run.resolved()))
+    for section in IDENTITY:
+        if difference := _first_difference(theirs.get(section), ours[section], section):
+            return difference
+    return ""
+
+
+def _first_difference(theirs: Any, ours: Any, key: str) -> str:
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        names = sorted({*theirs, *ours}, key=lambda name: name != "name")
+        return next(filter(None, (_first_difference(theirs.get(name), ours.get(name), f"{key}.{name}") for name in names)), "")
+    return "" if theirs == ours else f"{key} is {theirs!r} there and {ours!r} here"
+
+
+class Records(TrainerCallback):
+    """Writes the resolved run into the output folder and every checkpoint, and each log as a line of metrics."""
+
+    def __init__(self, run: Run) -> None:
+        self.text = json.dumps(run.resolved(), indent=2) + "\n"
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the metrics of the steps that a resumed run has behind it, and only those."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN).write_text(self.text, encoding="utf-8")
+        path = folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and state.global_step else []
+        kept = [line for line in lines if _precedes(line, state.global_step)]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """One line: the step, the epoch, and what was logged."""
+        if not state.is_world_process_zero:
+            return
+        values = {"step": state.global_step, "epoch": state.epoch, **logs}
+        line = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        with Path(args.output_dir, METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """The resolved run goes into the checkpoint."""
+        if state.is_world_process_zero:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", RUN).write_text(self.text, encoding="utf-8")
+
+
+def _precedes(line: str, step: int) -> bool:
+    """Whether a line of metrics belongs to the steps up to `step`: a cut line and the summary of an earlier end do not."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return False
+    return values["step"] <= step and "train_runtime" not in values
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The logs of a run, in order."""
+    path = Path(folder) / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

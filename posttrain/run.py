@@ -1,0 +1,358 @@
+"""A run, from its settings to a trained model in a folder: `prepare` builds it, `execute` trains and saves it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from . import card, console, data, memory
+from .arguments import WHERE_AVAILABLE
+from .models import attach, bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
+from .recipe import Run, load_run
+from .records import Records, checkpoint_to_resume
+from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint
+from .schema import UserError
+from .trainer import Trainer, columns_of, roles_of
+from .trees import shareable
+
+__all__ = ["Prepared", "Run", "execute", "load_run", "precompute", "prepare"]
+
+_EXTRAS = {
+    "wandb": "trackers",
+    "tensorboard": "trackers",
+    "trackio": "trackers",
+    "deepspeed": "deepspeed",
+    "flash_attn": "flash-attn",
+}
+"""Optional package -> the extra of posttrain that brings it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to train."""
+
+    run: Run
+    """Its settings."""
+
+    args: TrainingArguments
+    """The `train:` section, complete."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """With the chat template in use."""
+
+    data: data.Loaded
+    """Tokenised rows and what was done to them."""
+
+    model: nn.Module
+    """The policy."""
+
+    trainer: Trainer
+    """Holds everything; `trainer.train()` trains."""
+
+    checkpoint: str | None
+    """The checkpoint to continue from."""
+
+
+def prepare(run: Run) -> Prepared:
+    """Build a run: everything that can be wrong is looked at before weights are read.
+
+    Raises:
+        UserError: a setting, a path, the data, a missing extra, or an output folder that is another run's.
+    """
+    require_extras(run)
+    run, args = settle(run)
+    checkpoint = checkpoint_to_resume(run)
+    load_config(run.model)
+    tokenizer = load_tokenizer(run.model)
+    loaded = load_data(run, args, tokenizer)
+    _refuse_other_tokenizer(run, tokenizer)
+    model = load_policy(run.model)
+    reference = _reference(run, args, model, loaded)
+    trainer = Trainer(
+        objective=run.objective,
+        config=run.config,
+        model=model,
+        args=args,
+        reference=reference,
+        layout=run.layout,
+        starts_at_reference=run.reference.model is None,
+        train_dataset=loaded.train,
+        eval_dataset=loaded.eval,
+        processing_class=tokenizer,
+        callbacks=[Records(run), console.ProgressLines()],
+    )
+    for theirs in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(theirs)
+    return Prepared(run, args, tokenizer, loaded, model, trainer, checkpoint)
+
+
+def execute(run: Run) -> Prepared:
+    """Train, evaluate and save a run, and say so.
+
+    Raises:
+        UserError: as `prepare`, or a self-check that fails.
+    """
+    quiet_libraries()
+    prepared = prepare(run)
+    run = prepared.run
+    trainer, args = prepared.trainer, prepared.args
+    if args.process_index == 0:
+        console.listen()
+        console.show(header(prepared), title=f"posttrain {run.objective.name}")
+    result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    final = _final_evaluation(prepared)
+    export(prepared)
+    if args.process_index == 0:
+        card.write(run, prepared.data.report, args, {**result.metrics, **final}, reference=describe_reference(run))
+        console.show(_closing(prepared), title="saved")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return prepared
+
+
+def _final_evaluation(prepared: Prepared) -> dict[str, float]:
+    """Metrics on the held-out rows after the last step; taken over where it was evaluated already."""
+    trainer = prepared.trainer
+    if prepared.data.eval is None:
+        return {}
+    done = [logs for logs in trainer.state.log_history if logs["step"] == trainer.state.global_step and "eval_loss" in logs]
+    return done[-1] if done else trainer.evaluate()
+
+
+def precompute(run: Run) -> int:
+    """Compute and keep the reference's log-probs of every row of a run; returns how many completions are kept.
+
+    Raises:
+        UserError: as `prepare`, or an objective without reference.
+    """
+    if not run.objective.reference:
+        raise UserError(f"logps: {run.objective.name} reads no reference")
+    quiet_libraries()
+    run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))
+    require_extras(run)
+    run, args = settle(run)
+    tokenizer = load_tokenizer(run.model)
+    loaded = load_data(run, args, tokenizer)
+    _refuse_other_tokenizer(run, tokenizer)
+    cache = _cached(run, args, load_policy(run.model), loaded)
+    if args.process_index == 0:
+        console.show({"reference": cache.description, "completions": str(len(cache))}, title="log-probs")
+    return len(cache)
+
+
+def load_data(run: Run, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> data.Loaded:
+    """The rows of a run; the first process tokenises, the others read what it cached.
+
+    Raises:
+        UserError: the data is wrong, or does not fit `train:`.
+    """
+    roles, columns = roles_of(run.objective.family), columns_of(run.objective.family)
+    with args.main_process_first(desc="tokenise"):
+        loaded = data.load(run.data, tokenizer, roles, columns)
+    if run.data.streaming and args.max_steps <= 0:
+        raise UserError("train: max_steps is required with data.streaming, whose end nobody knows")
+    return loaded
+
+
+def settle(run: Run) -> tuple[Run, TrainingArguments]:
+    """The run with what only the device decides filled in, and its `train:` section as the trainer takes it.
+
+    Raises:
+        UserError: values that transformers refuses.
+    """
+    train = dict(run.train)
+    if train["bf16"] == WHERE_AVAILABLE:
+        train["bf16"] = bf16_available() and not train.get("fp16") and not train.get("use_cpu")
+    if train["dataloader_pin_memory"] == WHERE_AVAILABLE:
+        train["dataloader_pin_memory"] = torch.cuda.is_available() and not train.get("use_cpu")
+    try:
+        args = TrainingArguments(**train)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from None
+    return dataclasses.replace(run, train=train), args
+
+
+def require_extras(run: Run) -> None:
+    """Every optional package that the run names is installed.
+
+    Raises:
+        UserError: the first that is not, with the command that installs it.
+    """
+    reports = run.train.get("report_to") or []
+    wanted = {name: "train.report_to" for name in ([reports] if isinstance(reports, str) else reports)}
+    wanted = {name: where for name, where in wanted.items() if name not in ("none", "all")}
+    if run.model.attention == "flash_attention_2":
+        wanted["flash_attn"] = "model.attention"
+    if run.train.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        wanted["deepspeed"] = "train.deepspeed"
+    if run.train.get("use_liger_kernel"):
+        wanted["liger_kernel"] = "train.use_liger_kernel"
+    for package, where in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            extra = f"pip install 'posttrain[{_EXTRAS[package]}]'" if package in _EXTRAS else f"pip install {package}"
+            raise UserError(f"{where}: {package} is not installed; {extra.replace('_', '-')}")
+
+
+def reference_kind(run: Run) -> str:
+    """`frozen`, `adapter`, `cached`, or `none` for an objective that reads no reference."""
+    if not run.objective.reference:
+        return "none"
+    if run.reference.kind != "auto":
+        return run.reference.kind
+    return "adapter" if run.model.peft is not None and run.reference.model is None else "frozen"
+
+
+def describe_reference(run: Run) -> str:
+    """Which reference a run reads, in words."""
+    model = run.reference.model or run.model.name
+    words = {
+        "frozen": f"frozen model {model}",
+        "adapter": "the policy with its adapter off",
+        "cached": f"cached log-probs of {model}",
+    }
+    return words.get(reference_kind(run), "none")
+
+
+def _reference(
+    run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loaded
+) -> FrozenModel | AdapterOff | CachedLogps | None:
+    kind = reference_kind(run)
+    if kind == "cached":
+        return _cached(run, args, model, loaded)
+    if kind == "frozen":
+        return FrozenModel(_reference_model(run), run.reference.model or run.model.name)
+    return AdapterOff() if kind == "adapter" else None
+
+
+def _reference_model(run: Run) -> nn.Module:
+    """The reference as a model of its own, in the dtype of the policy, so that both start with the same numbers."""
+    other = {"name": run.reference.model, "revision": None} if run.reference.model else {}
+    model = load_model(dataclasses.replace(run.model, peft=None, **other), low_precision=run.model.peft is not None)
+    attach(model)
+    return model
+
+
+def _cached(run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loaded) -> CachedLogps:
+    """The cache of the reference's log-probs, completed for the rows of this run; every process computes its share."""
+    if run.data.streaming:
+        raise UserError("reference: kind = cached needs rows that can be read twice; data.streaming cannot")
+    model = model if run.reference.model is None else _reference_model(run)
+    name = run.reference.model or run.model.name
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    numbers = fingerprint(name, model, f"{dtypes(list(model.parameters()))} in {compute}")
+    cache = CachedLogps(_cache_folder(run), numbers, name)
+    roles = roles_of(run.objective.family)
+    rows = [row for part in (loaded.train, loaded.eval) if part is not None for row in cache.missing(part, roles)]
+    if rows:
+        _compute(run, args, model, cache, rows[args.process_index :: args.world_size])
+        PartialState().wait_for_everyone()
+        cache.reload()
+    return cache
+
+
+def _compute(run: Run, args: TrainingArguments, model: nn.Module, cache: CachedLogps, rows: list[dict[str, Any]]) -> None:
+    if PartialState().distributed_type in ("FSDP", "DEEPSPEED"):
+        raise UserError(
+            f"reference: rows are missing in the cache {cache.folder}; run `posttrain logps` before sharded training"
+        )
+    low = torch.bfloat16 if args.bf16 else torch.float16
+    adapted = run.reference.model is None and run.model.peft is not None
+    layout = "separate" if run.layout == "separate" or shareable(model) else "tree"
+    model.to(args.device)
+    with (
+        model.disable_adapter() if adapted else contextlib.nullcontext(),
+        torch.autocast(args.device.type, dtype=low, enabled=args.bf16 or args.fp16),
+    ):
+        done = cache.fill(model, rows, roles_of(run.objective.family), layout, args.per_device_eval_batch_size)
+        console.track(done, len(rows), "reference log-probs")
+
+
+def _cache_folder(run: Run) -> Path:
+    return Path(run.reference.cache or os.environ.get("POSTTRAIN_CACHE") or "~/.cache/posttrain").expanduser()
+
+
+def _refuse_other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    other = run.reference.model
+    if other is None:
+        return
+    settings = dataclasses.replace(run.model, name=other, tokenizer=None, revision=None, chat_template=None)
+    theirs, ours = load_tokenizer(settings).get_vocab(), tokenizer.get_vocab()
+    differing = sorted(token for token in {*theirs, *ours} if theirs.get(token) != ours.get(token))
+    if differing:
+        raise UserError(
+            f"reference.model: {other} has another tokenizer than {run.model.name}: {len(theirs)} and {len(ours)} tokens, "
+            f"{len(differing)} differ, {differing[0]!r} for one; a reference has to read the same tokens"
+        )
+
+
+def export(prepared: Prepared) -> None:
+    """The final model, whole and ready for `from_pretrained`, with its tokenizer; merged with its adapter where asked."""
+    trainer, run = prepared.trainer, prepared.run
+    output = Path(prepared.args.output_dir)
+    if not run.model.merge:
+        trainer.save_model()
+        return
+    trainer.save_model(str(output / "adapter"))
+    if trainer.is_world_process_zero():
+        from peft import PeftModel
+
+        base = load_model(dataclasses.replace(run.model, peft=None), low_precision=True)
+        PeftModel.from_pretrained(base, output / "adapter").merge_and_unload().save_pretrained(output)
+        prepared.tokenizer.save_pretrained(output)
+    PartialState().wait_for_everyone()
+
+
+def header(prepared: Prepared) -> dict[str, str]:
+    """What a run says of itself before it trains."""
+    run, args, trainer = prepared.run, prepared.args, prepared.trainer
+    total, trainable = parameter_counts(prepared.model)
+    parameters = list(prepared.model.parameters())
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else dtypes(parameters)
+    processes = args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    predicted = memory.predict(memory.shape(run, args, prepared.model, prepared.data.train, reference_kind(run)))
+    settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(run.config).items())
+    return {
+        "objective": f"{run.objective.name}: {settings}",
+        "model": f"{run.model.name}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
+        "dtypes": f"parameters {dtypes(parameters)}, trained (master weights) "
+        f"{dtypes([p for p in parameters if p.requires_grad])}, computed in {compute}, logits float32",
+        "reference": trainer.reference.description if trainer.reference is not None else "none",
+        "data": str(prepared.data.report),
+        "batch": f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} accumulated x {processes} "
+        f"processes = {rows} rows a step",
+        "memory": f"{memory.gib(sum(predicted.values()))} predicted on each device (posttrain check itemises)",
+        "output": args.output_dir,
+    }
+
+
+def _closing(prepared: Prepared) -> dict[str, str]:
+    folder = prepared.args.output_dir
+    kind = "adapter" if prepared.run.model.peft is not None and not prepared.run.model.merge else "model"
+    return {
+        kind: folder,
+        "run": f"{folder}/run.json",
+        "metrics": f"{folder}/metrics.jsonl",
+        "use": card.usage(prepared.run, folder),
+    }
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to this program: only the first process warns, and without a terminal nothing draws bars."""
+    if os.environ.get("RANK", "0") != "0":
+        transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not console.console().is_terminal:
+        datasets.disable_progress_bars()
