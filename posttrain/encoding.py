@@ -59,6 +59,9 @@ class Encoder:
     ends: Mapping[int, str]
     """Tokens that may end a completion, by id: `eos` and the special tokens of templates."""
 
+    special: frozenset[int]
+    """All special tokens; a truncated prompt keeps those it begins with."""
+
     code: str
     """Digest of the code: `datasets` keys its cache by a function's name, not by what it does."""
 
@@ -131,8 +134,7 @@ class Encoder:
             "tokens": len(prompt) + longest,
         }
         room = min(self.max_length - longest, self.max_prompt or self.max_length)
-        kept = {*self.lead, *self.tokenizer.all_special_ids, *self.ends}
-        lead = next((at for at, token in enumerate(prompt) if token not in kept), len(prompt))
+        lead = next((at for at, token in enumerate(prompt) if token not in self.special), len(prompt))
         if not prompt:
             return row | {"outcome": "empty prompt"}
         if shift > _LARGEST_SHIFT:
@@ -173,6 +175,7 @@ def encoder(
         keep_identical,
         lead=next(full[:at] for at in range(len(full) + 1) if full[at : at + len(bare)] == bare),
         ends=end_tokens(tokenizer),
+        special=frozenset(tokenizer.all_special_ids) | end_tokens(tokenizer).keys(),
         code=hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in _CODE)).hexdigest(),
     )
 

@@ -103,7 +103,7 @@ class Layout:
         """
         sides = [self._text(row, role, number) for role in self.roles]
         prompt = None if self.implicit else self._text(row, "prompt", number)
-        if prompt is not None and "input" in self.mapping and row[self.mapping["input"]]:
+        if isinstance(prompt, str) and "input" in self.mapping and row[self.mapping["input"]]:
             prompt = f"{prompt}\n\n{row[self.mapping['input']]}"
         prompt, sides = self._chat(prompt, sides) if self.chat else self._plain(prompt, sides)
         if not all(says_something(side) for side in sides):
@@ -194,43 +194,43 @@ def detect(
         columns: overrides, what a column is for -> its name.
         form: `auto`, `chat` or `plain`.
         template: whether the tokenizer has a chat template.
-        markers: special tokens as text; a text that holds one has been through a template and is left as it stands.
+        markers: special tokens as text; where every row holds one, the text has been through a template and stands as it is.
         system: system prompt for rows that have none.
         where: how errors call the data set.
 
     Raises:
         UserError: a column is missing or of the wrong type, or messages meet a tokenizer without a chat template.
     """
-    mapping, repeated = _map(list(sample[0]), roles, numbers, columns or {}, where), False
-    texts = [name for name in ("prompt", *roles) if name in mapping] or ["messages"]
-    kind = _shape(sample, mapping, texts, where)
-    if kind == "messages":
+    columns = columns or {}
+    mapping = _map(list(sample[0]), roles, numbers, columns, where)
+    names = [name for name in ("prompt", *roles) if name in mapping] or ["messages"]
+    no_template = "the tokenizer has no chat template; pass one with --model.chat_template <file>"
+    if _shape(sample, mapping, names, where) == "messages":
         if form == "plain":
-            raise UserError(f"{where}: data.format = 'plain' but {mapping[texts[-1]]!r} holds messages; drop the setting")
+            raise UserError(
+                f"{where}: data.format = 'plain' but column {mapping[names[-1]]!r} holds messages; drop the setting"
+            )
         if not template:
             raise UserError(
-                f"{where}: {mapping[texts[-1]]!r} holds messages and the tokenizer has no chat template;"
-                " pass one with --model.chat_template <file>, or use an instruction-tuned model"
+                f"{where}: column {mapping[names[-1]]!r} holds messages and {no_template}, or use an instruction-tuned model"
             )
-        chat = True
-    else:
-        first = [[row[mapping[name]] for name in texts] for row in sample]
-        first = [row for row in first if all(isinstance(text, str) for text in row)]
-        rendered = any(marker in text for row in first for text in row for marker in markers)
-        if "prompt" in mapping and roles:
-            repeated = all(row[0] and all(side.startswith(row[0]) for side in row[1:]) for row in first)
-        if not rendered and all(TURN.search(row[0]) and ANSWER in "\n\n" + row[0] for row in first):
-            kind = "transcript"
-        elif mapping.get("prompt", "prompt") in ALIASES["prompt"][1:] and "prompt" not in (columns or {}):
-            kind = "request"
-        loose = "prompt" not in mapping and kind == "text"
-        if form == "chat" and loose:
-            raise UserError(f"{where}: data.format = 'chat' needs a prompt column; columns: {', '.join(sample[0])}")
-        if form == "chat" and not template:
-            raise UserError(
-                f"{where}: data.format = 'chat' and the tokenizer has no chat template; pass --model.chat_template <file>"
-            )
-        chat = form == "chat" or (form == "auto" and template and not loose and not rendered)
+        return Layout("messages", True, mapping, tuple(roles), tuple(numbers), False, system, where)
+    texts = [[row[mapping[name]] for name in names] for row in sample]
+    texts = [row for row in texts if all(isinstance(text, str) for text in row)]
+    rendered = all(any(marker in text for text in row for marker in markers) for row in texts)
+    explicit = "prompt" in mapping
+    repeated = explicit and bool(roles) and all(row[0] and all(side.startswith(row[0]) for side in row[1:]) for row in texts)
+    kind = "text"
+    if not rendered and all(TURN.search(row[0]) and ANSWER in f"\n\n{row[0]}" for row in texts):
+        kind = "transcript"
+    elif explicit and mapping["prompt"] != "prompt" and "prompt" not in columns:
+        kind = "request"
+    if form == "chat" and not template:
+        raise UserError(f"{where}: data.format = 'chat' and {no_template}")
+    if form == "chat" and not explicit and kind == "text":
+        raise UserError(f"{where}: data.format = 'chat' needs a prompt column; columns: {', '.join(sample[0])}")
+    able = template and not rendered and (explicit or kind == "transcript")
+    chat = form == "chat" or (form == "auto" and able)
     return Layout(kind, chat, mapping, tuple(roles), tuple(numbers), repeated, system, where)
 
 
