@@ -238,7 +238,7 @@ def _map(
     have: list[str], roles: Sequence[str], numbers: Sequence[str], columns: Mapping[str, str], where: str
 ) -> dict[str, str]:
     wanted = {"prompt": False, **dict.fromkeys((*roles, *numbers), True), "system": False, "tools": False, "messages": False}
-    possible = [*wanted, "input"]
+    possible = ["prompt", "input", *list(wanted)[1:]]
     for name, column in columns.items():
         if name not in possible:
             raise UserError(f"{where}: data.columns: unknown {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}")
@@ -269,7 +269,7 @@ def _map(
             f"{where}: no column for {missing[0]!r} (looked for {looked}); columns: {', '.join(have)};"
             f" name one with --data.columns.{missing[0]} <column>"
         )
-    return found
+    return {name: found[name] for name in possible if name in found}
 
 
 def _shape(sample: Sequence[Mapping[str, Any]], mapping: Mapping[str, str], names: list[str], where: str) -> str:

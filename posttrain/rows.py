@@ -241,6 +241,10 @@ class _Kept:
     part: Opened
     live: Tally
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        """Itself: `datasets` copies streams to shuffle or mix them, and the counts have to stay the caller's."""
+        return self
+
     def __call__(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         got = self.part.encoder(batch, indices)
         self.live.add(got)

@@ -414,6 +414,7 @@ def test_streaming(write: Write, plain_tokenizer: Any) -> None:
         plain_tokenizer, mixture=[{"name": write(*rows)}, {"name": write(*numbered(9, 20), name="b.jsonl")}], streaming=True
     )
     assert set(prompts(both.train, plain_tokenizer)) >= {str(i) for i in [*range(6), *range(20, 29)]}
+    assert all(live.read > 0 for live in both.report.live)
     late = [*numbered(70), {"prompt": "x", "chosen": "y", "rejected": "y"}]
     stream = read(plain_tokenizer, name=write(*late), streaming=True, identical="error").train
     with pytest.raises(UserError, match="identical, the first is row 71"):
