@@ -21,7 +21,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from .schema import suggest
 
@@ -143,8 +143,14 @@ def _any(name: str) -> str:
     return name
 
 
-LinkName = Annotated[str, AfterValidator(_with_link)]
+def _schema(*, link: bool) -> WithJsonSchema:
+    named = [name for name, entry in DIVERGENCES.items() if entry.link is not None or not link]
+    families = [{"type": "string", "pattern": f"^{name}:", "title": f"{name}:<{name[0]}>"} for name in FAMILIES]
+    return WithJsonSchema({"anyOf": [{"enum": named}, *families]})
+
+
+LinkName = Annotated[str, AfterValidator(_with_link), _schema(link=True)]
 """Type of a setting that names a divergence with a link (f-DPO)."""
 
-DivergenceName = Annotated[str, AfterValidator(_any)]
+DivergenceName = Annotated[str, AfterValidator(_any), _schema(link=False)]
 """Type of a setting that names any divergence."""

@@ -165,6 +165,8 @@ def _type(entry: dict[str, Any], schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_type(one, schema) for one in entry["anyOf"]))
     if "enum" in entry:
         return "|".join(map(str, entry["enum"]))
+    if "pattern" in entry:
+        return entry["title"]
     if "const" in entry:
         return str(entry["const"])
     if entry.get("type") == "array":
