@@ -25,7 +25,6 @@ def check(run: Run) -> None:
     quiet_libraries()
     require_extras(run)
     run, args = settle(run)
-    load_config(run.model)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
     model = outline(run)

@@ -66,7 +66,7 @@ class Run:
             "reference": dataclasses.asdict(self.reference),
             "layout": self.layout,
             "imports": list(self.imports),
-            "train": {key: _plain(value) for key, value in self.train.items() if not key.endswith("token")},
+            "train": {key: _plain(value) for key, value in self.train.items() if not _withheld(key, value)},
         }
 
 
@@ -228,6 +228,11 @@ def _with_defaults(run: Run) -> dict[str, Any]:
         names = (run.objective.name, run.model.name, run.data.name or "mixture")
         train["output_dir"] = "runs/" + "-".join(Path(name).name.removesuffix(Path(name).suffix) or name for name in names)
     return train
+
+
+def _withheld(key: str, value: Any) -> bool:
+    """Secrets, and what waits for the device to be known."""
+    return key.endswith("token") or value == arguments.WHERE_AVAILABLE
 
 
 def _plain(value: Any) -> Any:

@@ -74,7 +74,6 @@ def prepare(run: Run) -> Prepared:
     require_extras(run)
     run, args = settle(run)
     checkpoint = checkpoint_to_resume(run)
-    load_config(run.model)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
     _refuse_other_tokenizer(run, tokenizer)
@@ -163,7 +162,20 @@ def load_data(run: Run, args: TrainingArguments, tokenizer: PreTrainedTokenizerB
         loaded = data.load(run.data, tokenizer, roles, columns)
     if run.data.streaming and args.max_steps <= 0:
         raise UserError("train: max_steps is required with data.streaming, whose end nobody knows")
+    _refuse_beyond_positions(run, loaded)
     return loaded
+
+
+def _refuse_beyond_positions(run: Run, loaded: data.Loaded) -> None:
+    """A row longer than the model's positions is an index error for some models and noise for the others."""
+    positions = load_config(run.model).get_text_config().to_dict().get("max_position_embeddings")
+    tallies = [*loaded.report.train, *([loaded.report.eval] if loaded.report.eval else [])]
+    longest = max(min(tally.max_length, tally.lengths["tokens"][-1]) for tally in tallies)
+    if positions and longest > positions:
+        raise UserError(
+            f"data: max_length = {run.data.max_length} lets {longest} tokens through and {run.model.name} has {positions} "
+            f"positions; --data.max_length {positions} fits"
+        )
 
 
 def settle(run: Run) -> tuple[Run, TrainingArguments]:

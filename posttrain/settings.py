@@ -42,7 +42,7 @@ class ModelConfig:
     """Keep the model's own dropout while training; off, so that policy and reference start equal."""
 
     peft: dict[str, Any] | None = None
-    """Settings of a PEFT adapter, verbatim (r, lora_alpha, target_modules, ...; peft_type LORA unless given); None: train all."""
+    """Settings of a PEFT adapter, verbatim (r, lora_alpha, target_modules, ...; peft_type LORA unless given); None: none."""
 
     merge: bool = False
     """Merge the adapter into the exported model."""
