@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +35,14 @@ def plain_tokenizer():
     from tiny import tiny_tokenizer
 
     return tiny_tokenizer(chat=False)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as JSON lines; returns the path."""
+
+    def write(*rows: dict[str, Any], name: str = "rows.jsonl") -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    return write

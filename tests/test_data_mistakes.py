@@ -1,0 +1,91 @@
+"""What a user is told about data that cannot be used: one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reading import Write, refused, said, user
+
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+TALK = {"prompt": [user("a")], "chosen": [said("b")], "rejected": [said("c")]}
+
+MISTAKES = {
+    "missing column": (
+        [{"prompt": "a", "choosen": "b", "rejected": "c"}],
+        {},
+        "no column for 'chosen' (looked for chosen, chosen_response, response_chosen, preferred); columns: prompt, choosen,"
+        " rejected; name one with --data.columns.chosen <column>",
+    ),
+    "mapping of nothing": ([GOOD], {"columns": {"promt": "a"}}, "unknown 'promt'; did you mean prompt?"),
+    "mapping to nothing": ([GOOD], {"columns": {"prompt": "chose"}}, "no column 'chose'; did you mean chosen?"),
+    "split": ([GOOD], {"split": "test"}, "no split 'test'; splits: train"),
+    "slice of no split": ([GOOD], {"split": "test[:2]"}, "Unknown split"),
+    "wrong type": ([GOOD, GOOD | {"chosen": 3}], {}, "row 2: column 'chosen' holds a number, expected text"),
+    "null": ([GOOD, GOOD | {"rejected": None}], {}, "row 2: column 'rejected' holds nothing, expected text"),
+    "wrong type everywhere": (
+        [GOOD | {"chosen": 3}],
+        {},
+        "column 'chosen' holds a number, expected text or a list of messages",
+    ),
+    "messages and text": ([GOOD, TALK], {}, "row 2: column 'chosen' holds a list, expected text"),
+    "speaker": ([TALK | {"prompt": [{"role": "usr", "content": "a"}]}], {}, "speaker 'usr' is unknown; did you mean user?"),
+    "tools": ([GOOD | {"tools": "{"}], {}, "row 1: column 'tools' is text that is not JSON"),
+    "messages as plain text": ([TALK], {"format": "plain"}, "data.format = 'plain' but column 'rejected' holds messages"),
+    "chat without a prompt": ([{"chosen": "a b", "rejected": "a c"}], {"format": "chat"}, "needs a prompt column"),
+    "subset of a file": ([GOOD], {"subset": "x"}, "a local one has none"),
+    "two ways to evaluate": ([GOOD], {"eval": "x", "eval_size": 3}, "eval and eval_size exclude each other"),
+    "ignored setting": ([GOOD], {"shuffle_buffer": 3}, "shuffle_buffer is for streaming: true"),
+    "name and mixture": ([GOOD], {"mixture": [{"name": "x"}]}, "name and mixture exclude each other"),
+    "no common beginning": ([{"chosen": "a", "rejected": "b"}], {}, "none of 1 rows can be used: 1 no prompt in common"),
+    "policy": ([GOOD], {"too_long": "cut"}, "too_long = 'cut': Input should be 'drop', 'truncate_prompt' or 'error'"),
+    "empty file": ([], {}, "the file is empty"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(name: str, write: Write, tokenizer: Any) -> None:
+    rows, settings, message = MISTAKES[name]
+    assert message in refused(tokenizer, name=write(*rows), **settings)
+
+
+def test_mistakes_of_label_and_prompt(write: Write, tokenizer: Any) -> None:
+    row = {"prompt": "a", "completion": "b", "label": "good"}
+    assert "row 1: column 'label' holds 'good', expected a number" in refused(
+        tokenizer, ("completion",), ("label",), name=write(row)
+    )
+    assert "no column for 'label'" in refused(
+        tokenizer, ("completion",), ("label",), name=write({"prompt": "a", "answer": "b"})
+    )
+    assert "no column for 'prompt'" in refused(tokenizer, ("completion",), name=write({"answer": "b"}))
+
+
+def test_messages_need_a_chat_template(write: Write, plain_tokenizer: Any) -> None:
+    assert "pass one with --model.chat_template <file>" in refused(plain_tokenizer, name=write(TALK))
+    assert "data.format = 'chat' and the tokenizer has no chat template" in refused(
+        plain_tokenizer, name=write(GOOD), format="chat"
+    )
+
+
+def test_data_that_cannot_be_read(tmp_path: Path, write: Write, tokenizer: Any) -> None:
+    path = write(GOOD)
+    assert f"{tmp_path}/row.jsonl: no such file or folder; did you mean rows.jsonl?" in refused(
+        tokenizer, name=f"{tmp_path}/row.jsonl"
+    )
+    assert "the hub cannot be reached (HF_HUB_OFFLINE is set)" in refused(tokenizer, name="somebody/pairs")
+    Path(path).write_text('{"prompt": "a"}\n{"prom\n')
+    assert refused(tokenizer, name=path).startswith(f"data {path}: ")
+    (tmp_path / "rows.xls").write_text("x")
+    assert "files of this kind are not read" in refused(tokenizer, name=f"{tmp_path}/rows.xls")
+    assert "name is required" in refused(tokenizer)
+
+
+def test_a_template_that_refuses_a_row(write: Write) -> None:
+    from tiny import tiny_tokenizer
+
+    strict = tiny_tokenizer()
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + strict.chat_template
+    )
+    assert "row 1: the chat template refuses it: no system" in refused(strict, name=write(GOOD), system="be")
