@@ -113,10 +113,8 @@ def show(name: str) -> str:
     reads = "reads the reference" if objective.reference else "reads no reference"
     parts = [objective.document, f"Data: {_sentence(objective.family)} {objective.name} {reads}.", "Settings:"]
     parts += [table(options(objective.config))]
-    found = [path for path, its in recipes().items() if its == name]
-    parts.append(
-        "Recipes:\n" + "\n".join(f"  {path}\n    {_first_comment(path)}" for path in found) if found else "Recipes: none"
-    )
+    found = "\n".join(f"  {path}\n    {_first_comment(path)}" for path, its in recipes().items() if its == objective.name)
+    parts.append(f"Recipes:\n{found}" if found else f"Recipes: recipes/{objective.name} of the repository")
     return "\n\n".join(parts)
 
 

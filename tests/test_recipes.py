@@ -1,0 +1,89 @@
+"""Every recipe in the folder is short, says what it is, reads strictly, and trains two steps on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_tokenizer
+from tiny_models import tiny
+
+from posttrain import docs, registry, shipped
+from posttrain.recipe import Run, load_run
+from posttrain.records import read_metrics
+from posttrain.run import execute
+from posttrain.trainer import columns_of, roles_of
+
+RECIPES = sorted(shipped.folder("recipes").glob("**/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(run: Run, path: Path, first: int) -> Path:
+    """Eight rows that the family of the objective can read."""
+    roles, columns = roles_of(run.objective.family), columns_of(run.objective.family)
+    written = [
+        {"prompt": f"ab {i}?", **{role: f"{role} {i}" for role in roles}, **{column: i % 2 == 0 for column in columns}}
+        for i in range(first, first + 8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+    return path
+
+
+def test_the_objectives_have_recipes() -> None:
+    assert set(docs.recipes().values()) >= set(registry.names())
+
+
+def test_dpo_has_four_divergences_of_one_model() -> None:
+    runs = [load_run(None, path) for path, name in docs.recipes().items() if name == "dpo"]
+    by_model: dict[str, set[str]] = {}
+    for run in runs:
+        by_model.setdefault(run.model.name, set()).add(run.config.divergence.split(":")[0])
+    assert {"reverse_kl", "forward_kl", "js", "alpha"} in by_model.values()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_says_what_it_is(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 20 and lines[0].startswith("# ") and lines[0].endswith(".")
+    assert path.parent.name == load_run(None, path).objective.name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains(path: Path, model: Path, tmp_path: Path) -> None:
+    written = load_run(None, path)
+    changes = [
+        f"model.name={model}",
+        "model.tokenizer=null",
+        "model.revision=null",
+        f"data.name={rows(written, tmp_path / 'train.jsonl', 0)}",
+        "data.mixture=[]",
+        "data.subset=null",
+        "data.split=null",
+        f"reference.cache={tmp_path / 'cache'}",
+        f"train.output_dir={tmp_path / 'out'}",
+        "train.max_steps=2",
+        "train.logging_steps=1",
+        "train.per_device_train_batch_size=2",
+        "train.gradient_accumulation_steps=2",
+    ]
+    if written.data.eval is not None:
+        changes += [f"data.eval.name={rows(written, tmp_path / 'eval.jsonl', 8)}", "data.eval.split=null"]
+    if written.data.eval_size:
+        changes += ["data.eval_size=2"]
+    prepared = execute(load_run(None, path, changes))
+    logs = read_metrics(tmp_path / "out")
+    assert [line["step"] for line in logs if "loss" in line] == [1, 2]
+    start = prepared.run.objective.start(prepared.run.config)
+    first = next(line["loss"] for line in logs if "loss" in line)
+    assert start is None or first == pytest.approx(start, abs=1e-4)
+    assert any("eval_loss" in line for line in logs) is (prepared.data.eval is not None)
+    assert (tmp_path / "out" / "README.md").is_file()
