@@ -90,6 +90,10 @@ DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(lambda lp, lq: lq.exp() * (lq - lp), lambda h: -_expm1(-h)),
     "js": Divergence(_js_summand, _js_link),
     "jeffreys": Divergence(lambda lp, lq: (lp.exp() - lq.exp()) * (lp - lq), lambda h: h - _expm1(-h)),
+    "squared_hellinger": Divergence(lambda lp, lq: ((lp / 2).exp() - (lq / 2).exp()).square(), lambda h: -_expm1(-h / 2)),
+    "chi2_kl": Divergence(
+        lambda lp, lq: lq.exp() * torch.expm1(lp - lq).square() / 2 + lp.exp() * (lp - lq), lambda h: h + _expm1(h)
+    ),
     "total_variation": Divergence(
         lambda lp, lq: 0.5 * (lp.exp() - lq.exp()).abs(), None, "f' is a step: not invertible, so no policy is its optimum"
     ),
