@@ -16,7 +16,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
 }
 _DECODER = _COMMON | {
     "hidden_size": 32,
