@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 
 from .models import causal_lm, parameter_counts
 from .recipe import Run
-from .trainer import roles_of
+from .stats import roles_of
 from .trees import shareable
 
 _ACTIVATION_BYTES = 34

@@ -198,16 +198,20 @@ def load_model(settings: ModelConfig, *, low_precision: bool = False) -> PreTrai
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if low_precision and bf16_available() else "float32"
+    config = load_config(settings)
+    attention = settings.attention
+    if attention is None and config.get_text_config().to_dict().get("attn_logit_softcapping"):
+        attention = "eager"  # sdpa leaves the soft-cap of the attention scores out without a word
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with _readable("model.name", settings.name):
             model = AutoModelForCausalLM.from_pretrained(
                 settings.name,
-                config=load_config(settings),
+                config=config,
                 revision=settings.revision,
                 dtype=getattr(torch, dtype),
-                attn_implementation=settings.attention,
+                attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
             )
     finally:

@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,13 @@ class Objective:
     start: Callable[[Any], float | None]
     """From the config, the loss where the policy equals the reference; None where it depends on the data."""
 
+    before: Callable[[Any, Any], Mapping[str, Any]] | None
+    """`(config, statistics) -> values by name`: evaluated without gradient on every micro-batch of an optimizer step before any
+    loss; their global means are in the context. A role annotated `Completions | None` is there only then."""
+
+    coupled: bool
+    """Whether rows of one micro-batch affect each other's loss, so that it depends on how a batch is split."""
+
     document: str
     """The docstring of its module: equation, source, start value."""
 
@@ -54,6 +61,8 @@ def objective(
     reference: bool,
     want: Sequence[str] | Callable[[Any], Sequence[str]] = (),
     start: float | Callable[[Any], float | None] | None = None,
+    before: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    coupled: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
 
@@ -61,6 +70,8 @@ def objective(
         reference: whether it reads the reference's log-probs.
         want: per-token statistics beyond log-probs, or a function from the config to them.
         start: the loss where the policy equals the reference, if that is a number, or a function from the config to it.
+        before: values whose global mean over the optimizer step the loss reads from the context.
+        coupled: rows of a micro-batch affect each other's loss.
 
     Raises:
         UserError: the name is taken.
@@ -82,6 +93,8 @@ def objective(
             reference=reference,
             want=want if callable(want) else lambda _config: want,
             start=start if callable(start) else lambda _config: start,
+            before=before,
+            coupled=coupled,
             document=inspect.cleandoc(sys.modules[function.__module__].__doc__ or ""),
         )
         return function

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _ROWS = 8
-"""The shortest of so many first rows is compared: enough to see a wrong number, at the price of a few small forwards."""
+"""One of so many first rows is compared: enough to see a wrong number, at the price of a few small forwards."""
 
 log = logging.getLogger("posttrain")
 
@@ -81,13 +81,13 @@ def choose_layout(
 
     Args:
         model: the policy, on its device, statistics attached.
-        rows: some rows of data; the shortest one is compared.
+        rows: some rows of data; one is compared, a short one.
         setting: `auto`, `tree` or `separate`.
 
     Raises:
         UserError: `tree` was asked for and is not exact; or the log-probs are wrong in every layout.
     """
-    row = min(rows, key=lambda one: len(one["prompt"]) + sum(len(c) for role in roles for c in one[role]))
+    row = _telling(model, rows, roles)
     reason, allowed = shareable(model), tolerance(model)
     with torch.no_grad(), evaluating(model):
         truth = _own_logps(model, row, roles)
@@ -111,6 +111,14 @@ def choose_layout(
     if setting == "auto" and layout == "separate":
         log.warning("layout: separate sequences, because %s", reason)
     return layout, error
+
+
+def _telling(model: nn.Module, rows: Sequence[dict[str, Any]], roles: Sequence[str]) -> dict[str, Any]:
+    """The shortest row; for a sliding window the shortest that is longer than it, else the longest."""
+    window = causal_lm(model).config.get_text_config().to_dict().get("sliding_window") or 0
+    length = lambda row: len(row["prompt"]) + min(len(c) for role in roles for c in row[role])  # noqa: E731
+    ordered = sorted(rows, key=length)
+    return next((row for row in ordered if length(row) > window), ordered[-1])
 
 
 def tolerance(model: nn.Module) -> float:

@@ -7,6 +7,7 @@ N tokens of one role, B sequences of one role (for pairs: B pairs).
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -95,6 +96,29 @@ class Pairs:
     rejected: Completions
     """The other completion of each pair."""
 
+    context: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Scalars without gradient that no single row knows: `progress` in [0, 1] through the training; the global mean, over the
+    optimizer step, of each value that the objective's `before` returns; the running global mean, over all earlier steps, of
+    each value that it asked to `remember`."""
+
+
+def roles_of(family: type) -> list[str]:
+    """The completions a family holds: its fields annotated `Completions`, in order."""
+    hints = typing.get_type_hints(family)
+    return [field.name for field in dataclasses.fields(family) if hints[field.name] is Completions]
+
+
+def early_roles_of(family: type) -> list[str]:
+    """The completions that are there only before a step: its fields annotated `Completions | None`."""
+    hints = typing.get_type_hints(family)
+    return [field.name for field in dataclasses.fields(family) if hints[field.name] == Completions | None]
+
+
+def columns_of(family: type) -> list[str]:
+    """The numbers a family takes from each row of data: its fields annotated `Tensor`."""
+    hints = typing.get_type_hints(family)
+    return [field.name for field in dataclasses.fields(family) if hints[field.name] is torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -112,6 +136,9 @@ class Loss:
 
     plus: Loss | None = None
     """A further term with a mean of its own, added to this one."""
+
+    remember: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Detached values of any length; from the next step on their global running mean is in the context under their name."""
 
 
 def reward_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:

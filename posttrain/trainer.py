@@ -7,7 +7,6 @@ tokens), over accumulation steps and processes alike: `get_batch_samples` sees e
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,23 +23,11 @@ from .reference import AdapterOff, CachedLogps, FrozenModel
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
-from .stats import Completions, Loss
+from .stats import Completions, Loss, columns_of, roles_of
 from .trees import TreeCollator, attention_scale
 
 KERNEL_STATISTICS = ("entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
 """What the kernel computes by name; any other name an objective wants is a divergence of divergences.py."""
-
-
-def roles_of(family: type) -> list[str]:
-    """The completions a family holds: its fields annotated `Completions`, in order."""
-    hints = typing.get_type_hints(family)
-    return [field.name for field in dataclasses.fields(family) if hints[field.name] is Completions]
-
-
-def columns_of(family: type) -> list[str]:
-    """The numbers a family takes from each row of data: its other fields."""
-    roles = roles_of(family)
-    return [field.name for field in dataclasses.fields(family) if field.name not in roles]
 
 
 class Trainer(transformers.Trainer):

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from posttrain.divergences import DIVERGENCES, FAMILIES
-from posttrain.stats import Completions, Loss
+from posttrain.stats import Completions, Loss, columns_of
+from posttrain.stats import roles_of as roles
 
 MORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max_logp": lambda x: -x.abs(), "log_sum_p2": lambda x: -x.abs()}
 """Name in `want` -> its range; every other statistic (entropies, divergences) is positive."""
-
-
-def roles(family: type) -> list[str]:
-    """The fields of a family that are completions."""
-    return [name for name, kind in typing.get_type_hints(family).items() if kind is Completions]
 
 
 def random_statistics(
@@ -37,10 +32,8 @@ def random_statistics(
             more={name: MORE.get(name, torch.abs)(draw()).to(dtype) for name in want},
         )
 
-    columns = {}
-    for name, kind in typing.get_type_hints(family).items():
-        columns[name] = completions() if kind is Completions else torch.randint(0, 2, (rows,), generator=generator).to(dtype)
-    return family(**columns)
+    columns = {name: torch.randint(0, 2, (rows,), generator=generator).to(dtype) for name in columns_of(family)}
+    return family(**{name: completions() for name in roles(family)}, **columns)
 
 
 def each(statistics: Any, change: Callable[[Completions], Completions]) -> Any:
@@ -77,9 +70,10 @@ def take(statistics: Any, order: Sequence[int]) -> Any:
         )
 
     family = type(statistics)
-    columns = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(family)}
-    return family(
-        **{name: rows_of(value) if isinstance(value, Completions) else value[list(order)] for name, value in columns.items()}
+    return dataclasses.replace(
+        statistics,
+        **{name: rows_of(getattr(statistics, name)) for name in roles(family)},
+        **{name: getattr(statistics, name)[list(order)] for name in columns_of(family)},
     )
 
 

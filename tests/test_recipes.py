@@ -13,7 +13,7 @@ from posttrain import docs, registry, shipped
 from posttrain.recipe import Run, load_run
 from posttrain.records import read_metrics
 from posttrain.run import execute
-from posttrain.trainer import columns_of, roles_of
+from posttrain.stats import columns_of, roles_of
 
 RECIPES = sorted(shipped.folder("recipes").glob("**/*.yaml"))
 

@@ -23,8 +23,8 @@ from transformers import TrainingArguments
 from posttrain.models import attach
 from posttrain.reference import AdapterOff, CachedLogps, FrozenModel
 from posttrain.registry import Objective, find
-from posttrain.stats import Loss, Pairs
-from posttrain.trainer import Trainer, columns_of, roles_of
+from posttrain.stats import Loss, Pairs, columns_of, roles_of
+from posttrain.trainer import Trainer
 
 STEPS = 4
 ROWS_A_STEP = 4
@@ -44,7 +44,18 @@ def _probe(config: ProbeConfig, pairs: Pairs) -> Loss:
     )
 
 
-PROBE = Objective("probe", _probe, ProbeConfig, Pairs, True, lambda _config: (), lambda _config: None, "")
+PROBE = Objective(
+    name="probe",
+    function=_probe,
+    config=ProbeConfig,
+    family=Pairs,
+    reference=True,
+    want=lambda _config: (),
+    start=lambda _config: None,
+    before=None,
+    coupled=False,
+    document="",
+)
 """Not registered: it tests the reduction, which the objectives of today may not exhaust."""
 
 
