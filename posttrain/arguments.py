@@ -37,6 +37,7 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
         {"dispatch_batches": False},
         "each process packs its own rows; packed batches cannot be cut and sent",
     ),
+    "log_level_replica": ("error", "every process would repeat the warnings of the first"),
     "report_to": ("none", "nothing leaves the machine unasked"),
     "remove_unused_columns": (False, "rows are token ids; the collator uses all of them"),
 }

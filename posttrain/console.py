@@ -5,6 +5,7 @@ Without a terminal the lines are plain and there is no bar. Only the first proce
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -28,8 +29,9 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 """Metrics on the line of a log: name, label, format. Everything that is logged is in metrics.jsonl."""
 
 
+@functools.cache
 def console() -> Console:
-    """The terminal, or plain text of any width where there is none."""
+    """The terminal, or plain text of any width where there is none; one, so that lines are printed above a bar."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=10_000, soft_wrap=True)
 

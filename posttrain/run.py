@@ -14,6 +14,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -24,7 +25,8 @@ from .recipe import Run, load_run
 from .records import Records, checkpoint_to_resume
 from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint
 from .schema import UserError
-from .trainer import Trainer, columns_of, roles_of
+from .stats import columns_of, roles_of
+from .trainer import Trainer
 from .trees import shareable
 
 __all__ = ["Prepared", "Run", "execute", "load_run", "precompute", "prepare"]
@@ -115,9 +117,8 @@ def execute(run: Run) -> Prepared:
     export(prepared)
     if args.process_index == 0:
         card.write(run, prepared.data.report, args, {**result.metrics, **final}, reference=describe_reference(run))
+        _upload(prepared)
         console.show(_closing(prepared), title="saved")
-    if args.push_to_hub:
-        trainer.push_to_hub()
     return prepared
 
 
@@ -185,8 +186,12 @@ def settle(run: Run) -> tuple[Run, TrainingArguments]:
         UserError: values that transformers refuses.
     """
     train = dict(run.train)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    if several and not torch.accelerator.is_available():
+        train.setdefault("use_cpu", True)  # else transformers takes each process for a run of its own
     if train["bf16"] == WHERE_AVAILABLE:
-        train["bf16"] = bf16_available() and not train.get("fp16") and not train.get("use_cpu")
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        train["bf16"] = (asked or bf16_available()) and not train.get("fp16") and (asked or not train.get("use_cpu"))
     if train["dataloader_pin_memory"] == WHERE_AVAILABLE:
         train["dataloader_pin_memory"] = torch.cuda.is_available() and not train.get("use_cpu")
     try:
@@ -324,6 +329,19 @@ def export(prepared: Prepared) -> None:
         PeftModel.from_pretrained(base, output / "adapter").merge_and_unload().save_pretrained(output)
         prepared.tokenizer.save_pretrained(output)
     PartialState().wait_for_everyone()
+
+
+def _upload(prepared: Prepared) -> None:
+    """Bring the finished folder, with our card in place of the one that transformers drafts, to the hub."""
+    args = prepared.args
+    if args.push_to_hub:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=prepared.trainer.hub_model_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            ignore_patterns=["_*", "checkpoint-*"],
+            revision=args.hub_revision,
+        )
 
 
 def header(prepared: Prepared) -> dict[str, str]:

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner, Result
+from huggingface_hub import HfApi
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
@@ -302,7 +304,10 @@ def test_help_is_quick(words: list[str], limit: float) -> None:
 
 
 def test_show() -> None:
-    assert "dpo  Direct Preference Optimization" in invoke("show").stdout
+    listed = [line.split() for line in invoke("show").stdout.splitlines()[1:]]
+    assert [words[0] for words in listed] == list(registry.names()) and ["dpo", "Direct", "Preference"] in [
+        w[:3] for w in listed
+    ]
     text = invoke("show", "dpo").stdout
     assert "arXiv:2305.18290, eq. 7" in text and "--beta  number > 0  [0.1]" in text and "local.yaml" in text
     text = invoke("show", "train").stdout
@@ -392,6 +397,29 @@ def test_an_adapter_is_exported_alone_or_merged(small: list[object], tmp_path: P
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert ("model.safetensors" in names) is merge and ("adapter_model.safetensors" in names) is not merge
     assert ("AutoPeftModelForCausalLM" in (tmp_path / "out" / "README.md").read_text()) is not merge
+
+
+def test_the_hub_gets_our_card(small: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = {}
+
+    def start(trainer: transformers.Trainer, token: str | None = None) -> None:
+        trainer.hub_model_id = "me/mine"
+
+    def draft(trainer: transformers.Trainer, **_: object) -> None:
+        (tmp_path / "out" / "README.md").write_text("a draft")
+
+    def upload(api: HfApi, **got: object) -> None:
+        sent.update(got, card=Path(str(got["folder_path"]), "README.md").read_text(), token=api.token)
+
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", start)
+    monkeypatch.setattr(transformers.Trainer, "push_to_hub", draft)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    hub = ["--train.push_to_hub", "--train.hub_model_id", "me/mine", "--train.hub_token", "secret"]
+    result = invoke(*small, *hub, "--train.save_strategy", "no")
+    assert result.exit_code == 0, result.output
+    assert sent["repo_id"] == "me/mine" and sent["card"].startswith("---\n") and "# mine\n" in sent["card"]
+    assert 'from_pretrained("me/mine")' in sent["card"] and sent["token"] == "secret"
+    assert "secret" not in (tmp_path / "out" / "run.json").read_text() + sent["card"]
 
 
 # How it is launched
