@@ -102,6 +102,8 @@ def parse_train(values: Mapping[str, Any], where: str = "train") -> dict[str, An
 
 
 def _convert(name: str, kind: Any, value: Any, where: str) -> Any:
+    if value is False and name.endswith("_strategy"):
+        value = "no"  # what YAML reads as false
     try:
         return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:

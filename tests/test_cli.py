@@ -256,6 +256,11 @@ def test_numbers_as_people_write_them(written: str, read: float) -> None:
     assert run.train["learning_rate"] == read and run.config.beta == read
 
 
+def test_no_is_a_strategy_though_yaml_reads_false() -> None:
+    run = load_run("dpo", None, ["model=m", "data=d", "train.save_strategy=no", "train.logging_strategy='no'"])
+    assert run.resolved()["train"]["save_strategy"] == "no" and run.resolved()["train"]["logging_strategy"] == "no"
+
+
 def test_secrets_are_left_out_of_the_resolved_run() -> None:
     run = load_run("dpo", None, ["model=m", "data=d", "train.hub_token=hf_secret"])
     assert run.train["hub_token"] == "hf_secret" and "hf_secret" not in json.dumps(run.resolved())
