@@ -16,15 +16,18 @@ from posttrain_kernels import Separable
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from .context import PREFIX as CONTEXT
+from .context import Context
+from .context import read as context_of
 from .divergences import divergence
 from .meter import Meter
-from .models import Request, causal_lm, model_inputs
+from .models import Request, causal_lm, evaluating, model_inputs
 from .reference import AdapterOff, CachedLogps, FrozenModel
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
-from .stats import Completions, Loss, columns_of, roles_of
-from .trees import TreeCollator, attention_scale
+from .stats import Completions, Loss, columns_of, early_roles_of, roles_of
+from .trees import Collator, TreeCollator, attention_scale
 
 KERNEL_STATISTICS = ("entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
 """What the kernel computes by name; any other name an objective wants is a divergence of divergences.py."""
@@ -64,6 +67,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
+        self.early_roles = early_roles_of(objective.family)
         self.want = ("logp", *(_statistic(name) for name in objective.want(config)))
         self.needs_reference_head = any(isinstance(s, Separable) or s in ("forward_kl", "reverse_kl") for s in self.want)
         if self.needs_reference_head and isinstance(reference, CachedLogps):
@@ -76,21 +80,31 @@ class Trainer(transformers.Trainer):
             )
         self.layout, self.starts_at_reference = layout, starts_at_reference
         self.model_config = causal_lm(model).config
-        self.meter, self.eval_meter = Meter(), Meter()
+        self.meter, self.eval_meter, self.context = Meter(), Meter(), Context()
         super().__init__(model=model, args=args, data_collator=self.collator(), **kwargs)
+        self.context.accelerator = self.accelerator
+        self.add_callback(self.context)
         if reference is not None:
             reference.prepare(self.accelerator)
         self.add_callback(SelfCheck(self))
 
-    def collator(self) -> TreeCollator:
+    def collator(self) -> Collator:
         """Rows -> batch. For `layout: auto` the self-check sets its layout before the first batch is made."""
         layout = "tree" if self.layout == "auto" else self.layout
         lookup = self.reference.lookup if isinstance(self.reference, CachedLogps) else None
         scale = attention_scale(self.model_config)
-        return TreeCollator(roles=self.roles, columns=self.columns, layout=layout, reference=lookup, attention_scale=scale)
+        main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale)
+        early = dataclasses.replace(main, roles=self.early_roles, columns=()) if self.early_roles else None
+        return Collator(main, early)
 
-    def statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not)."""
+    def statistics(self, model: nn.Module, batch: dict[str, Tensor], *, early: bool = False) -> Any:
+        """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not).
+
+        `early`: of the completions that are there only before a step, if the family has such.
+        """
+        context, roles = context_of(batch), self.roles
+        if early and self.early_roles:
+            batch, roles = Collator.early_part(batch), self.early_roles
         inner = self.accelerator.unwrap_model(model)
         inputs = model_inputs(inner, batch, self.data_collator.layout)
         request = Request(gather=batch["gather"], targets=batch["targets"], want=self.want, impl=self.impl)
@@ -105,10 +119,14 @@ class Trainer(transformers.Trainer):
         answer = model(**inputs, statistics=request)
         if self.needs_reference_head:
             reference_logps = answer.pop("ref_logp")
-        return self._family(batch, answer, reference_logps)
+        completions = self._completions(roles, batch, answer, reference_logps)
+        columns = {name: batch.get(f"row.{name}") for name in self.columns}
+        return self.objective.family(**{**dict.fromkeys(self.roles), **completions, **columns}, context=context)
 
-    def _family(self, batch: dict[str, Tensor], answer: dict[str, Tensor], reference_logps: Tensor | None) -> Any:
-        lengths = [batch[f"lengths.{role}"] for role in self.roles]
+    def _completions(
+        self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor], reference_logps: Tensor | None
+    ) -> dict[str, Completions]:
+        lengths = [batch[f"lengths.{role}"] for role in roles]
         sizes = [int(n.sum()) for n in lengths]
         parts = {name: values.split(sizes) for name, values in answer.items()}
         logps = parts.pop("logp")
@@ -116,16 +134,15 @@ class Trainer(transformers.Trainer):
             reference = [None] * len(sizes)
         else:
             reference = reference_logps.detach().split(sizes)
-        roles = {
+        return {
             role: Completions(
                 logps=logps[i],
                 lengths=lengths[i],
                 reference_logps=reference[i],
                 more={name: split[i] for name, split in parts.items()},
             )
-            for i, role in enumerate(self.roles)
+            for i, role in enumerate(roles)
         }
-        return self.objective.family(**roles, **{name: batch[f"row.{name}"] for name in self.columns})
 
     def counts(self, batches: Sequence[dict[str, Tensor]], device: torch.device) -> Tensor:
         """[1 + roles] over all processes: rows, and tokens of each role."""
@@ -136,9 +153,25 @@ class Trainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """All micro-batches of the next optimizer step, and their global counts."""
+        """All micro-batches of the next optimizer step, each with the step's context, and their global counts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._set_context(batches)
         return batches, self.counts(batches, device)
+
+    def _set_context(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Give micro-batches progress, running means, and the global means of what the objective's `before` says of them."""
+        scalars = self.context.scalars(self.state)
+        if self.objective.before is not None:
+            means = Meter()
+            with torch.no_grad(), evaluating(self.model), self.compute_loss_context_manager():
+                for batch in batches:
+                    moved = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+                    means.add(self.objective.before(self.config, self.statistics(self.model_wrapped, moved, early=True)))
+            reduced = means.reduce(self.accelerator)
+            scalars |= {name: torch.tensor(value, dtype=torch.float32) for name, value in reduced.items()}
+        for batch in batches:
+            batch |= {f"{CONTEXT}{name}": value.to(self.args.device) for name, value in scalars.items()}
 
     def compute_loss(
         self,
@@ -154,6 +187,8 @@ class Trainer(transformers.Trainer):
         meter = self.meter if model.training else self.eval_meter
         meter.add(self._logged(loss, statistics))
         meter.tokens(inputs)
+        if model.training:
+            self.context.remember(loss.remember)
         share = self._share(loss, counts) * self.accelerator.num_processes
         return (share, statistics) if return_outputs else share
 
@@ -183,6 +218,7 @@ class Trainer(transformers.Trainer):
     ) -> tuple[Tensor, None, None]:
         """Loss of one evaluation batch; its terms and metrics are summed for `evaluation_loop`."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        self._set_context([inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             statistics = self.statistics(model, inputs)
             loss = self.objective(self.config, statistics)

@@ -134,6 +134,39 @@ class TreeCollator:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
 
 
+@dataclass
+class Collator:
+    """Rows -> one batch: what is trained on and, under keys of their own, the completions that are only read before a step."""
+
+    main: TreeCollator
+    """Lays the trained roles."""
+
+    early: TreeCollator | None
+    """Lays the early ones, each with its prompt."""
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of both."""
+        return self.main.layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        for one in (self.main, self.early):
+            if one is not None:
+                one.layout = layout
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        batch = self.main(rows)
+        if self.early is not None:
+            batch |= {f"early.{name}": tensor for name, tensor in self.early(rows).items()}
+        return batch
+
+    @staticmethod
+    def early_part(batch: Batch) -> Batch:
+        """The early completions of a batch as a batch."""
+        return {name.removeprefix("early."): tensor for name, tensor in batch.items() if name.startswith("early.")}
+
+
 def pack(sizes: Sequence[int], scale: float) -> list[list[int]]:
     """Distribute trees over rows so that a forward of the padded rows costs least.
 
