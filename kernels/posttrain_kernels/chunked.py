@@ -26,7 +26,7 @@ from .fold import State
 from .head import KLS, Head, Separable, Want, name_of
 from .passes import Result, Sizes, Task, backward_pass, forward_pass
 
-_CPU = {"workspace": 64 << 20, "tokens": 256, "pad": 32, "items": 2048}
+_CPU = {"workspace": 64 << 20, "tokens": 128, "pad": 32, "items": 2048}
 _OTHER = {"workspace": 1 << 30, "tokens": 1024, "pad": 1024, "items": 8192}
 """Default workspace in bytes, largest block of tokens, what the last one is padded to, width of a tile (CPU: measured)."""
 
@@ -40,7 +40,7 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
     if workspace is None:
         workspace = default["workspace"]
     pad, items, itemsize = default["pad"], min(default["items"], head.size), head.dtype.itemsize
-    tokens = workspace // (2 * head.size * itemsize) // pad * pad  # 2: a divergence keeps the logits of both heads
+    tokens = workspace // (head.size * itemsize) // pad * pad
     chunk = workspace // (items * itemsize * temporaries) // pad * pad
     return Sizes(min(max(tokens, pad), default["tokens"]), pad, items, max(chunk, pad))
 

@@ -71,7 +71,7 @@ class State:
         """
         columns, inside = locate(ids, start, z.shape[1])
         self.at.copy_(torch.where(inside, z.gather(1, columns), self.at))
-        m, argmax = z.max(-1)
+        m, argmax = row_max(z)
         m.clamp_(min=torch.finfo(z.dtype).min)  # a tile of -inf only: keeps z - m = -inf, not nan
         e = torch.sub(z, m[:, None], out=scratch)
         e1 = e2 = None
@@ -125,6 +125,17 @@ class State:
                 return -self.r.log1p()
             case _:
                 return self.argmax.clone()
+
+
+def row_max(z: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] maximum of each row and its first index; in two steps, as a CPU vectorises a maximum but not its index."""
+    n, size = z.shape
+    if size % 64 or not n:
+        return z.max(-1)
+    groups = z.view(n, -1, 64)
+    m, group = groups.amax(-1).max(-1)
+    members = groups.gather(1, group[:, None, None].expand(n, 1, 64)).squeeze(1)
+    return m, members.argmax(-1) + 64 * group
 
 
 def locate(ids: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def forward_pass(task: Task, *, row_scale: str | None, grad: bool) -> Result:
     )
     heads = [(head, state, ids), (task.ref, ref_state, ref_ids)][: 1 if task.ref is None else 2]
     rows = max((pad.stop - pad.start for _, pad in blocks), default=0)
-    scratch = [its.m.new_empty(rows, task.sizes.items) for _, its, _ in heads]
+    scratch = [its.m.new_empty(rows * task.sizes.items) for _, its, _ in heads]
     if not task.divergences and not row_scale:
         for (one, its, its_ids), work in zip(heads, scratch, strict=True):
             _fold(task, one, its, its_ids, blocks, [], work)
@@ -148,15 +148,14 @@ def _ids(n: int, padded: int, given: list[Tensor | None], device: torch.device) 
 
 def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block], kept: list[Tensor], scratch: Tensor) -> None:
     """Project and fold all tiles of `blocks`; `kept` receives the logits, one tensor a tile, if given."""
+    parts = [(real, padded.stop - padded.start, state.rows(padded), ids[padded]) for real, padded in blocks]
     with exact_products(head.x):
         for j, (start, stop) in enumerate(task.tiles(head)):
             weights = tile_weights(head, start, stop)
-            for real, padded in blocks:
-                work = scratch[: padded.stop - padded.start, : stop - start]
-                z = kept[j][: len(work)] if kept else work
-                logits_tile(head, weights, start, real, z)
-                part = state.rows(padded)
-                part.fold(z, start, ids[padded], work)
+            for real, rows, part, its_ids in parts:
+                work = scratch[: rows * (stop - start)].view(rows, stop - start)
+                z = logits_tile(head, weights, start, real, kept[j][:rows] if kept else work)
+                part.fold(z, start, its_ids, work)
                 if stop == task.edge:
                     part.common.copy_(part.lse)
 
@@ -220,10 +219,8 @@ class Gradients:
 def backward_pass(
     task: Task, result: Result, upstream: Mapping[str, Tensor], need_x: list[bool], need_weight: list[bool], need_bias: bool
 ) -> Gradients:
-    """The deferred schedule: project again, vocabulary outermost."""
-    head, n = task.head, len(task.head.x)
-    whole = _coefficients(task, result, upstream, slice(n))
-    chunks = task.sizes.chunks(n)
+    """The deferred schedule: project again, vocabulary outermost. Zeros where nothing comes from upstream."""
+    head, n = task.head, len(task.head.x) if upstream else 0
     out = Gradients(
         [result.state.m.new_zeros(x.shape) if need else None for (x, _), need in zip(head.terms, need_x, strict=True)],
         [torch.empty_like(w) if need else None for (_, w), need in zip(head.terms, need_weight, strict=True)],
@@ -232,7 +229,11 @@ def backward_pass(
     for total in (*out.weight, out.bias):
         if total is not None:
             total[head.size if n else 0 :] = 0  # padding of the vocabulary; without tokens, all of it
-    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    if n == 0:
+        return out
+    whole = _coefficients(task, result, upstream, slice(n))
+    chunks = task.sizes.chunks(n)
+    rows = max(chunk.stop - chunk.start for chunk in chunks)
     work = [result.state.m.new_empty(rows * task.sizes.items) for _ in range(2 if whole.pairs else 1)]
     for start, stop in task.tiles(head):
         _backward_tile(task, whole, out, chunks, start, stop, work)
