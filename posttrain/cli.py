@@ -145,24 +145,24 @@ def main() -> None:
 @_run_arguments
 def train(words: tuple[str, ...], launch: str | None, processes: int | None) -> None:
     """Train what a recipe says; `posttrain train recipe.yaml objective.beta=0.2`."""
-    _train(None, words, launch, processes)
+    _train("train", words, launch, processes)
 
 
 @main.command(cls=RunCommand, context_settings=_TAKES_A_RUN)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
 def check(words: tuple[str, ...]) -> None:
     """Resolve a run and show data, lengths, reference and predicted memory; loads no weights, trains nothing."""
-    run = _load(None, words)
+    run = _load("check", words, None, None)
     from .check import check as report
 
     report(run)
 
 
 @main.command(cls=RunCommand, context_settings=_TAKES_A_RUN)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
-def logps(words: tuple[str, ...]) -> None:
+@_run_arguments
+def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> None:
     """Compute the reference's log-probs of a run and keep them; runs with reference.kind=cached read them."""
-    run = _load(None, words)
+    run = _load("logps", words, launch, processes)
     from .run import precompute
 
     precompute(run)
@@ -172,31 +172,33 @@ def logps(words: tuple[str, ...]) -> None:
 @click.argument("name", required=False)
 def show(name: str | None) -> None:
     """List the objectives, or show one: equation, source, settings, recipes. `show train`: the trainer's arguments."""
-    _lazy_torch()
+    if name != "train":
+        _lazy_torch()
     from . import docs
 
     click.echo(docs.show(name) if name else docs.show_list())
 
 
-def _train(objective: str | None, words: Sequence[str], launch: str | None, processes: int | None) -> None:
-    run = _load(objective, words)
-    if launch is not None:
-        from .shipped import launch_config
-
-        config = launch_config(launch)
-        _launch(config, [objective or "train", *words], processes)
-    if processes is not None:
-        raise UserError("--processes belongs to --launch")
+def _train(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> None:
+    run = _load(command, words, launch, processes)
     from .run import execute
 
     execute(run)
 
 
-def _load(objective: str | None, words: Sequence[str]) -> Any:
+def _load(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> Any:
+    """The run that the words of a command describe; `--launch` reads it for its mistakes, then accelerate starts it anew."""
     from .recipe import load_run
 
     recipe, overrides = read_words(words)
-    return load_run(objective, recipe, overrides)
+    run = load_run(command if command in registry.names() else None, recipe, overrides)
+    if launch is not None:
+        from .shipped import launch_config
+
+        _launch(launch_config(launch), [command, *words], processes)
+    if processes is not None:
+        raise UserError("--processes belongs to --launch")
+    return run
 
 
 def read_words(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -454,8 +453,12 @@ def test_launch_becomes_accelerate_launch(small: list[object], monkeypatch: pyte
     assert "one process per GPU and there is none here" in refused(*small, "--launch", "zero2")
 
 
-def test_python_dash_m() -> None:
-    began = time.perf_counter()
-    got = subprocess.run([sys.executable, "-m", "posttrain", "dpo", "--bata", "1"], capture_output=True, text=True)
-    assert got.returncode == 2 and got.stderr.count("\n") == 1 and "did you mean beta?" in got.stderr
-    assert time.perf_counter() > began
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [(["dpo", "--bata", "1"], 2, "did you mean beta?"), (["show", "train"], 0, "train.learning_rate = 1.0e-06")],
+)
+def test_python_dash_m(words: list[str], status: int, says: str) -> None:
+    """In a process of its own, where torch is not imported yet."""
+    got = subprocess.run([sys.executable, "-m", "posttrain", *words], capture_output=True, text=True)
+    assert got.returncode == status and says in got.stdout + got.stderr
+    assert status == 0 or got.stderr.count("\n") == 1
