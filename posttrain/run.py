@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,19 +187,26 @@ def settle(run: Run) -> tuple[Run, TrainingArguments]:
         UserError: values that transformers refuses.
     """
     train = dict(run.train)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-    if several and not torch.accelerator.is_available():
-        train.setdefault("use_cpu", True)  # else transformers takes each process for a run of its own
     if train["bf16"] == WHERE_AVAILABLE:
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         train["bf16"] = (asked or bf16_available()) and not train.get("fp16") and (asked or not train.get("use_cpu"))
     if train["dataloader_pin_memory"] == WHERE_AVAILABLE:
         train["dataloader_pin_memory"] = torch.cuda.is_available() and not train.get("use_cpu")
     try:
-        args = TrainingArguments(**train)
+        args = TrainingArguments(**{**train, **_joined_on_cpu(train)})
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
     return dataclasses.replace(run, train=train), args
+
+
+def _joined_on_cpu(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What lets several processes without accelerators find each other; transformers would take each for a run of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.accelerator.is_available():
+        return {}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return {"use_cpu": True}  # this would turn DeepSpeed off
+    PartialState(backend="gloo")
+    return {"accelerator_config": {**train["accelerator_config"], "use_configured_state": True}}
 
 
 def require_extras(run: Run) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner, Result
 from huggingface_hub import HfApi
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
@@ -451,6 +455,36 @@ def test_launch_becomes_accelerate_launch(small: list[object], monkeypatch: pyte
     assert calls == [[*command, "-m", "posttrain", *map(str, small)]]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert "one process per GPU and there is none here" in refused(*small, "--launch", "zero2")
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_launched_on_two_processes_it_is_the_same_run(small: list[object], tmp_path: Path, name: str) -> None:
+    """Two processes of 2 rows are one of 4, and the exported model is whole, though ZeRO-3 cuts it into pieces."""
+    small += [
+        "--train.learning_rate",
+        "1e-2",
+        "--train.warmup_steps",
+        0,
+        "--train.optim",
+        "adamw_torch",
+        "--train.max_steps",
+        2,
+    ]
+    alone, apart = tmp_path / "alone", tmp_path / "apart"
+    result = invoke(*small, "--train.per_device_train_batch_size", 4, "--train.output_dir", alone)
+    assert result.exit_code == 0, result.output
+    command = [sys.executable, "-m", "posttrain", *small, "--train.output_dir", apart, "--launch", name, "--processes", 2]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    got = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    assert got.returncode == 0, got.stderr[-3000:]
+    assert "x 2 processes = 4 rows a step" in got.stdout and got.stdout.count("posttrain dpo\n") == 1
+    losses = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (alone, apart)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][1] < 0.68
+    weights = [load_file(folder / "model.safetensors") for folder in (alone, apart)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, values in weights[0].items():
+        torch.testing.assert_close(values, weights[1][key], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
