@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .chunked import chunked_stats
 from .dense import dense_stats
-from .head import FLOOR, ONE_HEAD, TWO_HEADS, Head, Separable, Want, check
+from .head import FLOOR, KLS, ONE_HEAD, TWO_HEADS, Head, Separable, Want, check
 
-__all__ = ["FLOOR", "ONE_HEAD", "TWO_HEADS", "Head", "Separable", "head_stats"]
+__all__ = ["FLOOR", "KLS", "ONE_HEAD", "TWO_HEADS", "Head", "Separable", "head_stats"]
 
 
 def head_stats(

@@ -39,8 +39,9 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
     default = _CPU if head.x.device.type == "cpu" else _OTHER
     if workspace is None:
         workspace = default["workspace"]
-    pad, items, itemsize = default["pad"], min(default["items"], head.size), head.dtype.itemsize
-    tokens = workspace // (head.size * itemsize) // pad * pad
+    pad, itemsize = default["pad"], head.dtype.itemsize
+    items = min(max(workspace // (8 * pad * itemsize) // 64 * 64, 64), default["items"])
+    tokens = workspace // ((head.size + 8 * items) * itemsize) // pad * pad
     chunk = workspace // (items * itemsize * temporaries) // pad * pad
     return Sizes(min(max(tokens, pad), default["tokens"]), pad, items, max(chunk, pad))
 

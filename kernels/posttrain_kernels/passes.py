@@ -141,7 +141,7 @@ def forward_pass(task: Task, *, row_scale: str | None, grad: bool) -> Result:
 
 
 def _ids(n: int, padded: int, given: list[Tensor | None], device: torch.device) -> Tensor:
-    parts = [part.reshape(n, -1) for part in given if part is not None and n]
+    parts = [part if part.dim() == 2 else part[:, None] for part in given if part is not None]
     ids = torch.cat(parts, 1) if parts else torch.zeros(n, 0, dtype=torch.int64, device=device)
     return torch.cat([ids, ids.new_zeros(padded - n, ids.shape[1])])
 
