@@ -253,14 +253,14 @@ def test_confident_tokens_keep_their_gradient(name: str) -> None:
     head, target = bf16_head(32, confident=True)
     results = []
     for dtype, impl in ((torch.float64, "dense"), (torch.float32, "chunked")):
-        x = (1.25 * head.x.to(dtype)).requires_grad_()
+        x = (1.5 * head.x.to(dtype)).requires_grad_()
         value = head_stats(Head(x, head.weight.to(dtype)), [name], target=target, index=target[:, None], impl=impl)[name]
         results.append((value.detach().double().flatten(), torch.autograd.grad(value.sum(), x)[0].double()))
     (truth, slope), (value, gradient) = results
     rows = truth.abs() > 1e-10
     assert rows.sum() > 16 and (truth[rows].abs() < 1e-7).sum() > 4
-    assert ((value - truth) / truth)[rows].abs().max() < 2e-5  # the logits, up to 50, are known to 1e-5, and so is log r
-    assert ((gradient - slope).norm(dim=1) / slope.norm(dim=1))[rows].max() < 2e-5
+    assert ((value - truth) / truth)[rows].abs().max() < 5e-5  # logits up to 60 are known to 2e-5, and so is log r
+    assert ((gradient - slope).norm(dim=1) / slope.norm(dim=1))[rows].max() < 5e-5
 
 
 # ------------------------------------------------------------------------------------------------ the same bits
