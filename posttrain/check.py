@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from . import console, memory
+from . import console, memory, references
 from .data import Loaded
 from .models import _add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
 from .recipe import Run
 from .records import checkpoint_to_resume
-from .run import describe_reference, load_data, quiet_libraries, reference_kind, require_extras, settle
+from .run import load_data, quiet_libraries, require_extras, settle
 from .schema import UserError
 from .trees import shareable
 
@@ -61,12 +61,12 @@ def _example(loaded: Loaded) -> dict[str, str]:
 def _plan(run: Run, args: TrainingArguments, loaded: Loaded, model: nn.Module) -> dict[str, str]:
     total, trainable = parameter_counts(model)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    predicted = memory.predict(memory.shape(run, args, model, loaded.train, reference_kind(run)))
+    predicted = memory.predict(memory.shape(run, args, model, loaded.train, references.kind_of(run)))
     apart = shareable(model)
     shared = f"prompts apart, because {apart}" if apart else "prompts shared, where the step-0 check finds it exact"
     return {
         "model": f"{total:,} parameters, {trainable:,} trained",
-        "reference": describe_reference(run),
+        "reference": references.describe(run),
         "layout": shared if run.layout == "auto" else run.layout,
         "steps": f"{_steps(args, loaded, rows)} of {rows} rows",
         "memory": f"{memory.gib(sum(predicted.values()))} on each device: "

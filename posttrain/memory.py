@@ -86,7 +86,7 @@ def shape(run: Run, args: TrainingArguments, model: nn.Module, rows: Iterable[Ma
         args: the same `train:` section, complete.
         model: the policy; it may be without weights (on the meta device).
         rows: tokenised rows; the first ones are looked at.
-        kind: of reference (run.reference_kind).
+        kind: of reference (references.kind_of).
     """
     total, trainable = parameter_counts(model)
     config = causal_lm(model).config.get_text_config()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -19,16 +18,14 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from . import card, console, data, memory
+from . import card, console, data, memory, references
 from .arguments import WHERE_AVAILABLE
-from .models import attach, bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
+from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
 from .recipe import Run, load_run
 from .records import Records, checkpoint_to_resume
-from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint
 from .schema import UserError
 from .stats import columns_of, roles_of
 from .trainer import Trainer
-from .trees import shareable
 
 __all__ = ["Prepared", "Run", "execute", "load_run", "precompute", "prepare"]
 
@@ -79,9 +76,9 @@ def prepare(run: Run) -> Prepared:
     checkpoint = checkpoint_to_resume(run)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
-    _refuse_other_tokenizer(run, tokenizer)
+    references.refuse_other_tokenizer(run, tokenizer)
     model = load_policy(run.model)
-    reference = _reference(run, args, model, loaded)
+    reference = references.build(run, args, model, loaded)
     trainer = Trainer(
         objective=run.objective,
         config=run.config,
@@ -117,7 +114,7 @@ def execute(run: Run) -> Prepared:
     final = _final_evaluation(prepared)
     export(prepared)
     if args.process_index == 0:
-        card.write(run, prepared.data.report, args, {**result.metrics, **final}, reference=describe_reference(run))
+        card.write(run, prepared.data.report, args, {**result.metrics, **final}, reference=references.describe(run))
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
     return prepared
@@ -146,8 +143,8 @@ def precompute(run: Run) -> int:
     run, args = settle(run)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
-    _refuse_other_tokenizer(run, tokenizer)
-    cache = _cached(run, args, load_policy(run.model), loaded)
+    references.refuse_other_tokenizer(run, tokenizer)
+    cache = references.cached(run, args, load_policy(run.model), loaded)
     if args.process_index == 0:
         console.show({"reference": cache.description, "completions": str(len(cache))}, title="log-probs")
     return len(cache)
@@ -230,98 +227,6 @@ def require_extras(run: Run) -> None:
             raise UserError(f"{where}: {package} is not installed; {extra.replace('_', '-')}")
 
 
-def reference_kind(run: Run) -> str:
-    """`frozen`, `adapter`, `cached`, or `none` for an objective that reads no reference."""
-    if not run.objective.reference:
-        return "none"
-    if run.reference.kind != "auto":
-        return run.reference.kind
-    return "adapter" if run.model.peft is not None and run.reference.model is None else "frozen"
-
-
-def describe_reference(run: Run) -> str:
-    """Which reference a run reads, in words."""
-    model = run.reference.model or run.model.name
-    words = {
-        "frozen": f"frozen model {model}",
-        "adapter": "the policy with its adapter off",
-        "cached": f"cached log-probs of {model}",
-    }
-    return words.get(reference_kind(run), "none")
-
-
-def _reference(
-    run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loaded
-) -> FrozenModel | AdapterOff | CachedLogps | None:
-    kind = reference_kind(run)
-    if kind == "cached":
-        return _cached(run, args, model, loaded)
-    if kind == "frozen":
-        return FrozenModel(_reference_model(run), run.reference.model or run.model.name)
-    return AdapterOff() if kind == "adapter" else None
-
-
-def _reference_model(run: Run) -> nn.Module:
-    """The reference as a model of its own, in the dtype of the policy, so that both start with the same numbers."""
-    other = {"name": run.reference.model, "revision": None} if run.reference.model else {}
-    model = load_model(dataclasses.replace(run.model, peft=None, **other), low_precision=run.model.peft is not None)
-    attach(model)
-    return model
-
-
-def _cached(run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loaded) -> CachedLogps:
-    """The cache of the reference's log-probs, completed for the rows of this run; every process computes its share."""
-    if run.data.streaming:
-        raise UserError("reference: kind = cached needs rows that can be read twice; data.streaming cannot")
-    model = model if run.reference.model is None else _reference_model(run)
-    name = run.reference.model or run.model.name
-    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    numbers = fingerprint(name, model, f"{dtypes(list(model.parameters()))} in {compute}")
-    cache = CachedLogps(_cache_folder(run), numbers, name)
-    roles = roles_of(run.objective.family)
-    rows = [row for part in (loaded.train, loaded.eval) if part is not None for row in cache.missing(part, roles)]
-    if rows:
-        _compute(run, args, model, cache, rows[args.process_index :: args.world_size])
-        PartialState().wait_for_everyone()
-        cache.reload()
-    return cache
-
-
-def _compute(run: Run, args: TrainingArguments, model: nn.Module, cache: CachedLogps, rows: list[dict[str, Any]]) -> None:
-    if PartialState().distributed_type in ("FSDP", "DEEPSPEED"):
-        raise UserError(
-            f"reference: rows are missing in the cache {cache.folder}; run `posttrain logps` before sharded training"
-        )
-    low = torch.bfloat16 if args.bf16 else torch.float16
-    adapted = run.reference.model is None and run.model.peft is not None
-    layout = "separate" if run.layout == "separate" or shareable(model) else "tree"
-    model.to(args.device)
-    with (
-        model.disable_adapter() if adapted else contextlib.nullcontext(),
-        torch.autocast(args.device.type, dtype=low, enabled=args.bf16 or args.fp16),
-    ):
-        done = cache.fill(model, rows, roles_of(run.objective.family), layout, args.per_device_eval_batch_size)
-        console.track(done, len(rows), "reference log-probs")
-
-
-def _cache_folder(run: Run) -> Path:
-    return Path(run.reference.cache or os.environ.get("POSTTRAIN_CACHE") or "~/.cache/posttrain").expanduser()
-
-
-def _refuse_other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
-    other = run.reference.model
-    if other is None:
-        return
-    settings = dataclasses.replace(run.model, name=other, tokenizer=None, revision=None, chat_template=None)
-    theirs, ours = load_tokenizer(settings).get_vocab(), tokenizer.get_vocab()
-    differing = sorted(token for token in {*theirs, *ours} if theirs.get(token) != ours.get(token))
-    if differing:
-        raise UserError(
-            f"reference.model: {other} has another tokenizer than {run.model.name}: {len(theirs)} and {len(ours)} tokens, "
-            f"{len(differing)} differ, {differing[0]!r} for one; a reference has to read the same tokens"
-        )
-
-
 def export(prepared: Prepared) -> None:
     """The final model, whole and ready for `from_pretrained`, with its tokenizer; merged with its adapter where asked."""
     trainer, run = prepared.trainer, prepared.run
@@ -360,7 +265,7 @@ def header(prepared: Prepared) -> dict[str, str]:
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else dtypes(parameters)
     processes = args.world_size
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    predicted = memory.predict(memory.shape(run, args, prepared.model, prepared.data.train, reference_kind(run)))
+    predicted = memory.predict(memory.shape(run, args, prepared.model, prepared.data.train, references.kind_of(run)))
     settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(run.config).items())
     return {
         "objective": f"{run.objective.name}: {settings}",

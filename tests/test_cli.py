@@ -461,16 +461,10 @@ def test_launch_becomes_accelerate_launch(small: list[object], monkeypatch: pyte
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_launched_on_two_processes_it_is_the_same_run(small: list[object], tmp_path: Path, name: str) -> None:
     """Two processes of 2 rows are one of 4, and the exported model is whole, though ZeRO-3 cuts it into pieces."""
-    small += [
-        "--train.learning_rate",
-        "1e-2",
-        "--train.warmup_steps",
-        0,
-        "--train.optim",
-        "adamw_torch",
-        "--train.max_steps",
-        2,
-    ]
+    if name == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    small += ["--train.learning_rate", "1e-2", "--train.warmup_steps", 0, "--train.optim", "adamw_torch"]
+    small += ["--train.max_steps", 2]
     alone, apart = tmp_path / "alone", tmp_path / "apart"
     result = invoke(*small, "--train.per_device_train_batch_size", 4, "--train.output_dir", alone)
     assert result.exit_code == 0, result.output

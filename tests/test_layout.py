@@ -23,7 +23,7 @@ LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs"},
     {"run", "check"},
-    {"card", "records", "console", "memory"},
+    {"card", "records", "console", "memory", "references"},
     {"online"},
     {"trainer"},
     {"selfcheck"},

@@ -1,0 +1,129 @@
+"""Which reference a run reads, and how it is built: a frozen model, the policy with its adapter off, or cached log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from . import console, data
+from .models import attach, dtypes, load_model, load_tokenizer
+from .recipe import Run
+from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint
+from .schema import UserError
+from .trainer import roles_of
+from .trees import shareable
+
+
+def kind_of(run: Run) -> str:
+    """`frozen`, `adapter`, `cached`, or `none` for an objective that reads no reference."""
+    if not run.objective.reference:
+        return "none"
+    if run.reference.kind != "auto":
+        return run.reference.kind
+    return "adapter" if run.model.peft is not None and run.reference.model is None else "frozen"
+
+
+def describe(run: Run) -> str:
+    """Which reference a run reads, in words."""
+    model = run.reference.model or run.model.name
+    words = {
+        "frozen": f"frozen model {model}",
+        "adapter": "the policy with its adapter off",
+        "cached": f"cached log-probs of {model}",
+    }
+    return words.get(kind_of(run), "none")
+
+
+def refuse_other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A reference of its own has to read token ids as the policy does.
+
+    Raises:
+        UserError: its vocabulary is another; says by how much.
+    """
+    other = run.reference.model
+    if other is None:
+        return
+    settings = dataclasses.replace(run.model, name=other, tokenizer=None, revision=None, chat_template=None)
+    theirs, ours = load_tokenizer(settings).get_vocab(), tokenizer.get_vocab()
+    differing = sorted(token for token in {*theirs, *ours} if theirs.get(token) != ours.get(token))
+    if differing:
+        raise UserError(
+            f"reference.model: {other} has another tokenizer than {run.model.name}: {len(theirs)} and {len(ours)} tokens, "
+            f"{len(differing)} differ, {differing[0]!r} for one; a reference has to read the same tokens"
+        )
+
+
+def build(
+    run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loaded
+) -> FrozenModel | AdapterOff | CachedLogps | None:
+    """The reference that a run reads; None where the objective reads none.
+
+    Raises:
+        UserError: it cannot be loaded, or its log-probs cannot be cached here.
+    """
+    kind = kind_of(run)
+    if kind == "cached":
+        return cached(run, args, model, loaded)
+    if kind == "frozen":
+        return FrozenModel(_reference_model(run), run.reference.model or run.model.name)
+    return AdapterOff() if kind == "adapter" else None
+
+
+def cached(run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loaded) -> CachedLogps:
+    """The cache of the reference's log-probs, completed for the rows of this run; every process computes its share.
+
+    Raises:
+        UserError: rows that can be read only once, or a model that is about to be sharded.
+    """
+    if run.data.streaming:
+        raise UserError("reference: kind = cached needs rows that can be read twice; data.streaming cannot")
+    model = model if run.reference.model is None else _reference_model(run)
+    name = run.reference.model or run.model.name
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    numbers = fingerprint(name, model, f"{dtypes(list(model.parameters()))} in {compute}")
+    cache = CachedLogps(_cache_folder(run), numbers, name)
+    roles = roles_of(run.objective.family)
+    rows = [row for part in (loaded.train, loaded.eval) if part is not None for row in cache.missing(part, roles)]
+    if rows:
+        PartialState().wait_for_everyone()  # all have read the same cache before anyone writes
+        _compute(run, args, model, cache, rows[args.process_index :: args.world_size])
+        PartialState().wait_for_everyone()
+        cache.reload()
+    return cache
+
+
+def _reference_model(run: Run) -> nn.Module:
+    """The reference as a model of its own, in the dtype of the policy, so that both start with the same numbers."""
+    other = {"name": run.reference.model, "revision": None} if run.reference.model else {}
+    model = load_model(dataclasses.replace(run.model, peft=None, **other), low_precision=run.model.peft is not None)
+    attach(model)
+    return model
+
+
+def _compute(run: Run, args: TrainingArguments, model: nn.Module, cache: CachedLogps, rows: list[dict[str, Any]]) -> None:
+    if PartialState().distributed_type in ("FSDP", "DEEPSPEED"):
+        raise UserError(
+            f"reference: rows are missing in the cache {cache.folder}; run `posttrain logps` before sharded training"
+        )
+    low = torch.bfloat16 if args.bf16 else torch.float16
+    adapted = run.reference.model is None and run.model.peft is not None
+    layout = "separate" if run.layout == "separate" or shareable(model) else "tree"
+    model.to(args.device)
+    with (
+        model.disable_adapter() if adapted else contextlib.nullcontext(),
+        torch.autocast(args.device.type, dtype=low, enabled=args.bf16 or args.fp16),
+    ):
+        done = cache.fill(model, rows, roles_of(run.objective.family), layout, args.per_device_eval_batch_size)
+        console.track(done, len(rows), "reference log-probs")
+
+
+def _cache_folder(run: Run) -> Path:
+    return Path(run.reference.cache or os.environ.get("POSTTRAIN_CACHE") or "~/.cache/posttrain").expanduser()
