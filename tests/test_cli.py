@@ -131,7 +131,7 @@ def test_a_run_without_model_or_data(model: Path) -> None:
     assert "data: name is required" in refused("dpo", "--model", model)
     assert "objective.name is required" in refused("train")
     assert "command 'dop' does not exist; did you mean dpo?" in refused("dop")
-    assert "'simpo' does not exist" in refused("train", "--objective", "simpo")
+    assert "objective 'magic' does not exist" in refused("train", "--objective", "magic")
 
 
 @pytest.mark.parametrize(
@@ -458,17 +458,15 @@ def test_launch_becomes_accelerate_launch(small: list[object], monkeypatch: pyte
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("name", ["ddp", "zero3"])
-def test_launched_on_two_processes_it_is_the_same_run(small: list[object], tmp_path: Path, name: str) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_launched_under_zero3_it_is_the_same_run(small: list[object], tmp_path: Path) -> None:
     """Two processes of 2 rows are one of 4, and the exported model is whole, though ZeRO-3 cuts it into pieces."""
-    if name == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
     small += ["--train.learning_rate", "1e-2", "--train.warmup_steps", 0, "--train.optim", "adamw_torch"]
     small += ["--train.max_steps", 2]
     alone, apart = tmp_path / "alone", tmp_path / "apart"
     result = invoke(*small, "--train.per_device_train_batch_size", 4, "--train.output_dir", alone)
     assert result.exit_code == 0, result.output
-    command = [sys.executable, "-m", "posttrain", *small, "--train.output_dir", apart, "--launch", name, "--processes", 2]
+    command = [sys.executable, "-m", "posttrain", *small, "--train.output_dir", apart, "--launch", "zero3", "--processes", 2]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     got = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     assert got.returncode == 0, got.stderr[-3000:]
