@@ -15,11 +15,14 @@ from posttrain.stats import roles_of as roles
 MORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max_logp": lambda x: -x.abs(), "log_sum_p2": lambda x: -x.abs()}
 """Name in `want` -> its range; every other statistic (entropies, divergences) is positive."""
 
+FRACTIONS = ("chosen_win", "rejected_win")
+"""Columns of numbers between 0 and 1; every other column holds zeros and ones."""
+
 
 def random_statistics(
     family: type, *, seed: int = 0, rows: int = 4, want: Sequence[str] = (), dtype: torch.dtype = torch.float64
 ) -> Any:
-    """Statistics of `rows` rows: completions of 1 to 5 tokens, columns of zeros and ones; `logps` are leaves with gradient."""
+    """Statistics of `rows` rows: completions of 1 to 5 tokens, columns of numbers; `logps` are leaves with gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def completions() -> Completions:
@@ -32,7 +35,11 @@ def random_statistics(
             more={name: MORE.get(name, torch.abs)(draw()).to(dtype) for name in want},
         )
 
-    columns = {name: torch.randint(0, 2, (rows,), generator=generator).to(dtype) for name in columns_of(family)}
+    def column(name: str) -> torch.Tensor:
+        steps = 256 if name in FRACTIONS else 1
+        return (torch.randint(0, steps + 1, (rows,), generator=generator) / steps).to(dtype)
+
+    columns = {name: column(name) for name in columns_of(family)}
     return family(**{name: completions() for name in roles(family)}, **columns)
 
 
