@@ -68,13 +68,14 @@ def test_a_recipe_trains(path: Path, model: Path, tmp_path: Path) -> None:
         "data.mixture=[]",
         "data.subset=null",
         "data.split=null",
-        f"reference.cache={tmp_path / 'cache'}",
         f"train.output_dir={tmp_path / 'out'}",
         "train.max_steps=2",
         "train.logging_steps=1",
         "train.per_device_train_batch_size=2",
         "train.gradient_accumulation_steps=2",
     ]
+    if written.objective.reference:
+        changes += [f"reference.cache={tmp_path / 'cache'}"]
     if written.data.eval is not None:
         changes += [f"data.eval.name={rows(written, tmp_path / 'eval.jsonl', 8)}", "data.eval.split=null"]
     if written.data.eval_size:
