@@ -229,11 +229,10 @@ def read_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 def _launch(config: Path, words: list[str], processes: int | None) -> None:
     """Become `accelerate launch` of this command."""
     import torch
+    import yaml
 
-    with config.open(encoding="utf-8") as file:
-        import yaml
-
-        kind = yaml.safe_load(file).get("distributed_type")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    kind = settings.get("distributed_type")
     if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--launch: {config} needs deepspeed, which is not installed; pip install 'posttrain[deepspeed]'")
     count = processes or (1 if kind == "NO" else torch.cuda.device_count())
@@ -242,6 +241,8 @@ def _launch(config: Path, words: list[str], processes: int | None) -> None:
             f"--launch: {config} starts one process per GPU and there is none here; give --processes, or no --launch"
         )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(count)]
+    if count > 1 and settings.get("num_machines", 1) == 1 and "main_process_port" not in settings:
+        command += ["--main_process_port", "0"]  # any free one, so that two runs fit on a machine
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "posttrain", *words])
 

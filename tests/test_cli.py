@@ -452,6 +452,7 @@ def test_launch_becomes_accelerate_launch(small: list[object], monkeypatch: pyte
     assert refused(*small, "--launch", "ddp", "--processes", 2) == "stopped here"
     config = str(shipped.launch_config("ddp"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    command += ["--main_process_port", "0"]
     assert calls == [[*command, "-m", "posttrain", *map(str, small)]]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert "one process per GPU and there is none here" in refused(*small, "--launch", "zero2")
