@@ -30,11 +30,12 @@ CACHED = 1e-4
 """Cached log-probs are float32."""
 
 
-def same(one: Trajectory, other: Trajectory, atol: float = EXACT) -> None:
-    """Losses, logged metrics and final parameters agree."""
+def same(one: Trajectory, other: Trajectory, atol: float = EXACT, without: str = "") -> None:
+    """Losses, logged metrics (all but `without`) and final parameters agree."""
     assert len(one.losses) == len(other.losses) == STEPS
     assert one.losses == pytest.approx(other.losses, abs=atol, rel=atol)
     for step, (ours, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True)):
+        ours, theirs = ({name: value for name, value in side.items() if name != without} for side in (ours, theirs))
         assert ours == pytest.approx(theirs, abs=atol, rel=atol), f"step {step}"
     torch.testing.assert_close(one.parameters, other.parameters, rtol=0, atol=atol)
 
@@ -94,11 +95,14 @@ def test_cached_reference(name: str, usual: Callable[..., Trajectory], tmp_path:
 
 @every_objective
 def test_reference_of_an_adapter(name: str, usual: Callable[..., Trajectory], tmp_path: Path) -> None:
-    """The base as a second model, as the policy with its adapter off, and as cached log-probs."""
+    """The base as a second model, as the policy with its adapter off, and as cached log-probs.
+
+    An adapter starts as the base, so at first every pair is a tie, which the rounding of cached log-probs decides.
+    """
     if not objective_named(name).reference:
         pytest.skip("reads no reference")
     same(train(name, tmp_path, peft=True, reference="adapter"), usual(name, peft=True))
-    same(train(name, tmp_path, peft=True, reference="cached"), usual(name, peft=True), CACHED)
+    same(train(name, tmp_path, peft=True, reference="cached"), usual(name, peft=True), CACHED, "rewards/accuracies")
 
 
 @any_split
