@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from . import console, memory, references
 from .data import Loaded
-from .models import _add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
+from .models import add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
 from .recipe import Run
 from .records import checkpoint_to_resume
 from .run import load_data, quiet_libraries, require_extras, settle
@@ -47,7 +47,7 @@ def outline(run: Run) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             config, dtype=vars(torch)[dtype], trust_remote_code=run.model.trust_remote_code
         )
-        return model if run.model.peft is None else _add_adapter(model, run.model.peft)
+        return model if run.model.peft is None else add_adapter(model, run.model.peft)
 
 
 def _data(loaded: Loaded) -> dict[str, str]:

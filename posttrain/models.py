@@ -229,12 +229,17 @@ def load_policy(settings: ModelConfig) -> nn.Module:
     """
     model: nn.Module = load_model(settings, low_precision=settings.peft is not None)
     if settings.peft is not None:
-        model = _add_adapter(model, settings.peft)
+        model = add_adapter(model, settings.peft)
     attach(model)
     return model
 
 
-def _add_adapter(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
+def add_adapter(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
+    """A model under a new PEFT adapter.
+
+    Raises:
+        UserError: settings that PEFT refuses.
+    """
     from peft import get_peft_config, get_peft_model
 
     try:
