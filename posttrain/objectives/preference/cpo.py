@@ -5,9 +5,8 @@
 Rewards logged: r as it stands in the loss.
 
 Source: Xu et al. 2024, "Contrastive Preference Optimization", arXiv:2401.08417, where the NLL is written -log policy(y), the
-sum over tokens (`nll: sum`). The code of authors and TRL, on which the published results rest, takes the mean over all chosen
-tokens of a batch; so does the default. The released recipe of ALMA-R scales the rejected side besides (ARPO); that is not
-this.
+sum over tokens (`nll: sum`). The code of authors and TRL takes the mean over all chosen tokens of a batch, to which its alpha
+of 1 belongs, and so does the default. The released recipe of ALMA-R scales the rejected side besides (ARPO); that is not this.
 Value at policy == reference: depends on the data.
 """
 

@@ -55,8 +55,7 @@ def dpo_shift(config: DPOShiftConfig, pairs: Pairs) -> Loss:
     chosen, rejected = config.beta * pairs.chosen.logratio, config.beta * pairs.rejected.logratio  # [B]
     lam = chosen.new_tensor(config.lam)
     if config.lam_end is not None:
-        # the self-check before the first step asks without a context
-        lam = lam + (config.lam_end - config.lam) * torch.as_tensor(pairs.context.get("progress", 0.0)).to(lam)
+        lam = lam + (config.lam_end - config.lam) * pairs.context["progress"].to(lam)
     margins, eps = chosen - lam * rejected, config.label_smoothing  # [B]
     losses = (1 - eps) * softplus(-margins) + eps * softplus(margins) - config.sft * pairs.chosen.logp  # [B]
     more = {"rewards/unshifted_margins": (chosen - rejected).detach(), "lam": lam}
