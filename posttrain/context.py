@@ -5,33 +5,26 @@ See `Pairs.context` in stats.py for what is in it, and `objective(before=...)` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 PREFIX = "context."
 """Keys of the context in a batch."""
 
+_SUMS = "posttrain.context"
+"""Where the trainer's state, which every checkpoint holds, has the sum and the count of each running mean."""
 
-class Context(TrainerCallback, ExportableState):
-    """Keeps the running means; they are part of every checkpoint.
 
-    Args:
-        sums: name -> (sum, count) over all steps so far.
-    """
+class Context(TrainerCallback):
+    """Keeps the running means, in the trainer's state and so in every checkpoint."""
 
-    def __init__(self, sums: Mapping[str, Sequence[float]] | None = None) -> None:
-        self.sums = {name: list(pair) for name, pair in (sums or {}).items()}
-        self.accelerator: Any = None
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
         self._pending: dict[str, Tensor] = {}
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {"sums": self.sums}, "attributes": {}}
 
     def remember(self, values: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's values to those of its step."""
@@ -41,17 +34,20 @@ class Context(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the finished step into the running means, over all processes alike."""
+        sums = state.stateful_callbacks.setdefault(_SUMS, {})
         for name in sorted(self._pending):
             total, count = self.accelerator.reduce(self._pending[name], "sum").tolist()
-            before = self.sums.get(name, [0.0, 0.0])
-            self.sums[name] = [before[0] + total, before[1] + count]
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + count)
         self._pending = {}
 
-    def scalars(self, state: Any) -> dict[str, Tensor]:
-        """Progress and running means now."""
-        progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
-        means = {name: total / max(count, 1) for name, (total, count) in self.sums.items()}
-        return {name: torch.tensor(value, dtype=torch.float32) for name, value in {"progress": progress, **means}.items()}
+
+def scalars(state: Any) -> dict[str, Tensor]:
+    """Progress and running means now, from the trainer's state."""
+    progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
+    sums = state.stateful_callbacks.get(_SUMS, {})
+    means = {name: total / max(count, 1) for name, (total, count) in sums.items()}
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in {"progress": progress, **means}.items()}
 
 
 def read(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

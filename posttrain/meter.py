@@ -42,19 +42,20 @@ class Meter:
         self._tokens = self._tokens.to(batch["tree"].device) + (batch["tree"] > 0).sum()
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """The metrics over all processes. Every process calls it, with the same names."""
+        """The metrics over all processes; no mean of what none of them saw. Every process calls it, with the same names."""
         extremes = {name: value for name, value in self._sums.items() if name.endswith(("/max", "/min"))}
         sums = {name: value for name, value in self._sums.items() if name not in extremes}
         out = {}
         if sums:
             reduced = accelerator.reduce(torch.stack([sums[name] for name in sorted(sums)]), "sum").tolist()
             for name, (total, count) in zip(sorted(sums), reduced, strict=True):
-                out[name] = total if name.endswith("/sum") else total / max(count, 1)
+                if count:
+                    out[name] = total if name.endswith("/sum") else total / count
         if extremes:
             gathered = accelerator.gather(torch.stack([extremes[name] for name in sorted(extremes)], 1))  # [ranks, k]
             for name, value in zip(sorted(extremes), gathered.max(0).values.tolist(), strict=True):
                 out[name] = value if name.endswith("/max") else -value
-        return {name: out[name] for name in self._sums}
+        return {name: out[name] for name in self._sums if name in out}
 
     def rates(self, accelerator: Any) -> dict[str, float]:
         """`tokens_per_second` over all processes since the last clear, and `memory_gib`, the largest peak of a process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from . import console, data
+from .mismatch import early_roles
 from .models import attach, dtypes, load_model, load_tokenizer
 from .recipe import Run
 from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint
 from .schema import UserError
-from .trainer import roles_of
+from .stats import roles_of
 from .trees import shareable
 
 
@@ -90,11 +92,11 @@ def cached(run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loa
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     numbers = fingerprint(name, model, f"{dtypes(list(model.parameters()))} in {compute}")
     cache = CachedLogps(_cache_folder(run), numbers, name)
-    roles = roles_of(run.objective.family)
+    roles = [*roles_of(run.objective.family), *early_roles(run.objective)]
     rows = [row for part in (loaded.train, loaded.eval) if part is not None for row in cache.missing(part, roles)]
     if rows:
         PartialState().wait_for_everyone()  # all have read the same cache before anyone writes
-        _compute(run, args, model, cache, rows[args.process_index :: args.world_size])
+        _compute(run, args, model, cache, rows[args.process_index :: args.world_size], roles)
         PartialState().wait_for_everyone()
         cache.reload()
     return cache
@@ -108,7 +110,14 @@ def _reference_model(run: Run) -> nn.Module:
     return model
 
 
-def _compute(run: Run, args: TrainingArguments, model: nn.Module, cache: CachedLogps, rows: list[dict[str, Any]]) -> None:
+def _compute(
+    run: Run,
+    args: TrainingArguments,
+    model: nn.Module,
+    cache: CachedLogps,
+    rows: list[dict[str, Any]],
+    roles: Sequence[str],
+) -> None:
     if PartialState().distributed_type in ("FSDP", "DEEPSPEED"):
         raise UserError(
             f"reference: rows are missing in the cache {cache.folder}; run `posttrain logps` before sharded training"
@@ -121,7 +130,7 @@ def _compute(run: Run, args: TrainingArguments, model: nn.Module, cache: CachedL
         model.disable_adapter() if adapted else contextlib.nullcontext(),
         torch.autocast(args.device.type, dtype=low, enabled=args.bf16 or args.fp16),
     ):
-        done = cache.fill(model, rows, roles_of(run.objective.family), layout, args.per_device_eval_batch_size)
+        done = cache.fill(model, rows, roles, layout, args.per_device_eval_batch_size)
         console.track(done, len(rows), "reference log-probs")
 
 

@@ -46,6 +46,9 @@ class Objective:
     """`(config, statistics) -> values by name`: evaluated without gradient on every micro-batch of an optimizer step before any
     loss; their global means are in the context. A role annotated `Completions | None` is there only then."""
 
+    advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None
+    """`(config, columns of the training set) -> warnings`: what in the data speaks against the settings, one line each."""
+
     coupled: bool
     """Whether rows of one micro-batch affect each other's loss, so that it depends on how a batch is split."""
 
@@ -62,6 +65,7 @@ def objective(
     want: Sequence[str] | Callable[[Any], Sequence[str]] = (),
     start: float | Callable[[Any], float | None] | None = None,
     before: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None = None,
     coupled: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
@@ -71,6 +75,7 @@ def objective(
         want: per-token statistics beyond log-probs, or a function from the config to them.
         start: the loss where the policy equals the reference, if that is a number, or a function from the config to it.
         before: values whose global mean over the optimizer step the loss reads from the context.
+        advise: warnings from the settings and the columns of the training set; of a stream, which has no end, not asked.
         coupled: rows of a micro-batch affect each other's loss.
 
     Raises:
@@ -94,6 +99,7 @@ def objective(
             want=want if callable(want) else lambda _config: want,
             start=start if callable(start) else lambda _config: start,
             before=before,
+            advise=advise,
             coupled=coupled,
             document=inspect.cleandoc(sys.modules[function.__module__].__doc__ or ""),
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from . import card, console, data, memory, references
 from .arguments import WHERE_AVAILABLE
+from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
 from .recipe import Run, load_run
 from .records import Records, checkpoint_to_resume
@@ -161,13 +162,29 @@ def load_data(run: Run, args: TrainingArguments, tokenizer: PreTrainedTokenizerB
         loaded = data.load(run.data, tokenizer, roles, columns)
     if run.data.streaming and args.max_steps <= 0:
         raise UserError("train: max_steps is required with data.streaming, whose end nobody knows")
-    _refuse_beyond_positions(run, loaded)
-    return loaded
-
-
-def _refuse_beyond_positions(run: Run, loaded: data.Loaded) -> None:
-    """A row longer than the model's positions is an index error for some models and noise for the others."""
     positions = load_config(run.model).get_text_config().to_dict().get("max_position_embeddings")
+    _refuse_beyond_positions(run, loaded, positions)
+    if run.objective.advise is not None and not run.data.streaming:
+        loaded.report.advice.extend(run.objective.advise(run.config, {name: loaded.train[name][:] for name in columns}))
+    return _with_early_roles(run, loaded, min(run.data.max_length, positions or run.data.max_length))
+
+
+def _with_early_roles(run: Run, loaded: data.Loaded, longest: int) -> data.Loaded:
+    """The rows with the completions that the objective reads before a step, which other rows lend them."""
+    roles = early_roles(run.objective)
+    if not roles:
+        return loaded
+
+    def paired(rows: Any, where: str) -> Any:
+        if rows is None:
+            return None
+        return with_mismatches(rows, roles, seed=run.data.seed, max_length=longest, where=where)
+
+    return dataclasses.replace(loaded, train=paired(loaded.train, "data"), eval=paired(loaded.eval, "data.eval"))
+
+
+def _refuse_beyond_positions(run: Run, loaded: data.Loaded, positions: int | None) -> None:
+    """A row longer than the model's positions is an index error for some models and noise for the others."""
     tallies = [*loaded.report.train, *([loaded.report.eval] if loaded.report.eval else [])]
     longest = max(min(tally.max_length, tally.lengths["tokens"][-1]) for tally in tallies)
     if positions and longest > positions:

@@ -7,6 +7,7 @@ A mismatch stops the run with both numbers, except that `layout: auto` falls bac
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 
 from .models import Request, causal_lm, evaluating, model_inputs
 from .schema import UserError
+from .stats import Completions
 from .trees import TreeCollator, shareable
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class SelfCheck(TrainerCallback):
         """Loss and log-ratios where the policy is the reference."""
         trainer = self.trainer
         batch = {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}
-        statistics = trainer.statistics(trainer.model, batch)
+        statistics = trainer.statistics(trainer.model, batch | trainer.scalars([batch]))
         value = trainer.objective(trainer.config, statistics).values.mean().item()
         if not trainer.starts_at_reference:
             self.report["start"] = f"loss {value:.4f}, the reference being another model"
@@ -67,11 +69,21 @@ class SelfCheck(TrainerCallback):
                 f"self-check: the policy is not trained yet, but its log-probs differ from the reference's by {apart:.3g} nats "
                 f"(allowed {allowed:.3g}); the reference is {trainer.reference.description}"
             )
-        equal = type(statistics)(**{**vars(statistics), **{name: one.at_reference() for name, one in roles.items()}})
+        equal = _at_reference(statistics)
+        if trainer.objective.before is not None:
+            early = _at_reference(trainer.statistics(trainer.model, batch, early=True))
+            means = {name: values.mean() for name, values in trainer.objective.before(trainer.config, early).items()}
+            equal = dataclasses.replace(equal, context={**equal.context, **means})
         stated, got = trainer.objective.start(trainer.config), trainer.objective(trainer.config, equal).values.mean().item()
         if stated is not None and abs(got - stated) > 1e-4 * max(1.0, abs(stated)):
             raise UserError(f"self-check: {trainer.objective.name} starts at {got:.6f}, but it states {stated:.6f}")
         self.report["start"] = f"loss {value:.6f}" + ("" if stated is None else f" (stated {stated:.6f})")
+
+
+def _at_reference(statistics: Any) -> Any:
+    """The statistics as they are where the policy equals the reference."""
+    completions = {name: one for name, one in vars(statistics).items() if isinstance(one, Completions)}
+    return dataclasses.replace(statistics, **{name: one.at_reference() for name, one in completions.items()})
 
 
 def choose_layout(

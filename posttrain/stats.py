@@ -102,16 +102,37 @@ class Pairs:
     each value that it asked to `remember`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """B prompts with one completion each, which is desirable or not: the family of unpaired feedback."""
+
+    completion: Completions
+    """The completion of each row."""
+
+    label: torch.Tensor
+    """[B] 1 where the completion is desirable, 0 where it is not."""
+
+    mismatched: Completions | None = field(default=None, metadata={"of": "completion"})
+    """The completion of another row after this row's prompt; there only for the objective's `before`, and then alone."""
+
+    context: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """As in `Pairs`."""
+
+
 def roles_of(family: type) -> list[str]:
     """The completions a family holds: its fields annotated `Completions`, in order."""
     hints = typing.get_type_hints(family)
     return [field.name for field in dataclasses.fields(family) if hints[field.name] is Completions]
 
 
-def early_roles_of(family: type) -> list[str]:
-    """The completions that are there only before a step: its fields annotated `Completions | None`."""
+def early_roles_of(family: type) -> dict[str, str]:
+    """The completions that are there only before a step: its fields annotated `Completions | None`.
+
+    Returns:
+        Name -> the role it takes them from, of a row with another prompt (`of` in the field's metadata).
+    """
     hints = typing.get_type_hints(family)
-    return [field.name for field in dataclasses.fields(family) if hints[field.name] == Completions | None]
+    return {f.name: f.metadata["of"] for f in dataclasses.fields(family) if hints[f.name] == Completions | None}
 
 
 def columns_of(family: type) -> list[str]:
@@ -158,4 +179,23 @@ def reward_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, to
         "rewards/rejected": rejected,
         "rewards/margins": margins,
         "rewards/accuracies": (1 + margins.sign()) / 2,
+    }
+
+
+def label_metrics(rewards: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The reward metrics of a loss on labelled completions.
+
+    Args:
+        rewards: [B] the implied rewards.
+        label: [B] 1 desirable, 0 undesirable.
+
+    Returns:
+        `rewards/desirable` and `rewards/undesirable`, of any length, and `count/desirable/sum` and `count/undesirable/sum`.
+    """
+    rewards, desirable = rewards.detach(), label > 0.5
+    return {
+        "rewards/desirable": rewards[desirable],
+        "rewards/undesirable": rewards[~desirable],
+        "count/desirable/sum": desirable.float(),
+        "count/undesirable/sum": (~desirable).float(),
     }

@@ -182,10 +182,14 @@ class Report:
     live: list[Tally] = field(default_factory=list)
     """Of streams: the counts so far, which grow as this process reads (rows read in worker processes are not seen)."""
 
+    advice: list[str] = field(default_factory=list)
+    """What the objective says of the rows and its settings."""
+
     @property
     def warnings(self) -> list[str]:
         """What the user should know before training."""
-        return [line for tally in (*self.train, *([self.eval] if self.eval else [])) for line in tally.warnings]
+        tallies = (*self.train, *([self.eval] if self.eval else []))
+        return [*(line for tally in tallies for line in tally.warnings), *self.advice]
 
     def __str__(self) -> str:
         lines = [str(tally) for tally in self.train]

@@ -7,7 +7,7 @@ tokens), over accumulation steps and processes alike: `get_batch_samples` sees e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,16 @@ from posttrain_kernels import Separable
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from .context import PREFIX as CONTEXT
-from .context import Context
-from .context import read as context_of
+from . import context
 from .divergences import divergence
 from .meter import Meter
+from .mismatch import early_roles
 from .models import Request, causal_lm, evaluating, model_inputs
 from .reference import AdapterOff, CachedLogps, FrozenModel
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
-from .stats import Completions, Loss, columns_of, early_roles_of, roles_of
+from .stats import Completions, Loss, columns_of, roles_of
 from .trees import Collator, TreeCollator, attention_scale
 
 KERNEL_STATISTICS = ("entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
@@ -67,7 +66,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
-        self.early_roles = early_roles_of(objective.family)
+        self.early_roles = list(early_roles(objective))
         self.want = ("logp", *(_statistic(name) for name in objective.want(config)))
         self.needs_reference_head = any(isinstance(s, Separable) or s in ("forward_kl", "reverse_kl") for s in self.want)
         if self.needs_reference_head and isinstance(reference, CachedLogps):
@@ -80,9 +79,10 @@ class Trainer(transformers.Trainer):
             )
         self.layout, self.starts_at_reference = layout, starts_at_reference
         self.model_config = causal_lm(model).config
-        self.meter, self.eval_meter, self.context = Meter(), Meter(), Context()
+        self.meter, self.eval_meter = Meter(), Meter()
+        self._eval_scalars: dict[str, Tensor] = {}
         super().__init__(model=model, args=args, data_collator=self.collator(), **kwargs)
-        self.context.accelerator = self.accelerator
+        self.context = context.Context(self.accelerator)
         self.add_callback(self.context)
         if reference is not None:
             reference.prepare(self.accelerator)
@@ -102,7 +102,7 @@ class Trainer(transformers.Trainer):
 
         `early`: of the completions that are there only before a step, if the family has such.
         """
-        context, roles = context_of(batch), self.roles
+        scalars, roles = context.read(batch), self.roles
         if early and self.early_roles:
             batch, roles = Collator.early_part(batch), self.early_roles
         inner = self.accelerator.unwrap_model(model)
@@ -121,7 +121,7 @@ class Trainer(transformers.Trainer):
             reference_logps = answer.pop("ref_logp")
         completions = self._completions(roles, batch, answer, reference_logps)
         columns = {name: batch.get(f"row.{name}") for name in self.columns}
-        return self.objective.family(**{**dict.fromkeys(self.roles), **completions, **columns}, context=context)
+        return self.objective.family(**{**dict.fromkeys(self.roles), **completions, **columns}, context=scalars)
 
     def _completions(
         self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor], reference_logps: Tensor | None
@@ -155,13 +155,13 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """All micro-batches of the next optimizer step, each with the step's context, and their global counts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            self._set_context(batches)
-        return batches, self.counts(batches, device)
+        scalars = self.scalars(batches)
+        return [batch | scalars for batch in batches], self.counts(batches, device)
 
-    def _set_context(self, batches: Sequence[dict[str, Tensor]]) -> None:
-        """Give micro-batches progress, running means, and the global means of what the objective's `before` says of them."""
-        scalars = self.context.scalars(self.state)
+    def scalars(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The context of the rows of all processes in `batches`, as entries of a batch: progress, running means, and the means
+        of what the objective's `before` says of them."""
+        scalars = context.scalars(self.state)
         if self.objective.before is not None:
             means = Meter()
             with torch.no_grad(), evaluating(self.model), self.compute_loss_context_manager():
@@ -170,8 +170,7 @@ class Trainer(transformers.Trainer):
                     means.add(self.objective.before(self.config, self.statistics(self.model_wrapped, moved, early=True)))
             reduced = means.reduce(self.accelerator)
             scalars |= {name: torch.tensor(value, dtype=torch.float32) for name, value in reduced.items()}
-        for batch in batches:
-            batch |= {f"{CONTEXT}{name}": value.to(self.args.device) for name, value in scalars.items()}
+        return {f"{context.PREFIX}{name}": value.to(self.args.device) for name, value in scalars.items()}
 
     def compute_loss(
         self,
@@ -217,8 +216,7 @@ class Trainer(transformers.Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss of one evaluation batch; its terms and metrics are summed for `evaluation_loop`."""
-        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
-        self._set_context([inputs])
+        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()} | self._eval_scalars
         with torch.no_grad(), self.compute_loss_context_manager():
             statistics = self.statistics(model, inputs)
             loss = self.objective(self.config, statistics)
@@ -231,6 +229,7 @@ class Trainer(transformers.Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As inherited, but loss and metrics are exact global means over the set, whatever the batches."""
         self.eval_meter.clear()
+        self._eval_scalars = self.scalars(dataloader)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         values = self.eval_meter.reduce(self.accelerator)

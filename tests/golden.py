@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from posttrain.registry import Objective
-from posttrain.stats import Completions, Loss, Pairs
+from posttrain.stats import Completions, Labelled, Loss, Pairs
 
 _FOLDER = Path(__file__).parent / "goldens"
 
@@ -64,20 +64,49 @@ class Golden:
             }
         )
 
+    def labelled(self) -> Labelled:
+        """The statistics of a file of labelled sequences, [B, S, V] logits each, with its mismatched ones."""
+        return Labelled(
+            completion=self._side(self.policy_logits, self.inputs["ref_logits"], self.inputs["labels"]),
+            label=tensor(self.inputs["is_desirable"]),
+            mismatched=self._side(
+                tensor(self.inputs["KL_policy_logits"]), self.inputs["KL_ref_logits"], self.inputs["KL_labels"]
+            ),
+        )
+
+    @staticmethod
+    def _side(policy: torch.Tensor, reference: Any, labels: Any) -> Completions:
+        targets = torch.tensor(labels)[:, 1:]
+        mask = targets != -100
+
+        def logps(logits: torch.Tensor) -> torch.Tensor:
+            return logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)[mask]
+
+        return Completions(logps=logps(policy), lengths=mask.sum(1), reference_logps=logps(tensor(reference)))
+
     def _sequences(self, role: str) -> Completions:
         logps = tensor(self.inputs[f"policy_{role}_logps"])
         reference_logps = tensor(self.inputs[f"reference_{role}_logps"])
         return Completions(logps=logps, lengths=torch.ones(len(logps), dtype=torch.int64), reference_logps=reference_logps)
 
-    def agree(self, objective: Objective, config: Any, *, atol: float = 1e-9, outputs: dict[str, Any] | None = None) -> Loss:
+    def agree(
+        self,
+        objective: Objective,
+        config: Any,
+        *,
+        atol: float = 1e-9,
+        outputs: dict[str, Any] | None = None,
+        statistics: Any = None,
+    ) -> Loss:
         """Run the objective and assert its losses, their mean and, where the file has them, the gradients of the mean.
 
         Args:
             atol: absolute tolerance of each number.
             outputs: the entry of `self.outputs` that holds them, where it is not `self.outputs` itself.
+            statistics: what the objective reads, where it is not the file's `pairs()`.
         """
         outputs = self.outputs if outputs is None else outputs
-        loss = objective(config, self.pairs())
+        loss = objective(config, self.pairs() if statistics is None else statistics)
         assert loss.per == "row" and loss.plus is None
         close(loss.values, outputs["per_example_losses"], atol)
         close(loss.values.mean(), outputs["loss"], atol)

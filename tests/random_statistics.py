@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from posttrain.divergences import DIVERGENCES, FAMILIES
-from posttrain.stats import Completions, Loss, columns_of
+from posttrain.mismatch import early_roles
+from posttrain.registry import Objective
+from posttrain.stats import Completions, Loss, columns_of, early_roles_of
 from posttrain.stats import roles_of as roles
 
 MORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max_logp": lambda x: -x.abs(), "log_sum_p2": lambda x: -x.abs()}
@@ -20,9 +22,18 @@ FRACTIONS = ("chosen_win", "rejected_win")
 
 
 def random_statistics(
-    family: type, *, seed: int = 0, rows: int = 4, want: Sequence[str] = (), dtype: torch.dtype = torch.float64
+    family: type,
+    *,
+    seed: int = 0,
+    rows: int = 4,
+    want: Sequence[str] = (),
+    dtype: torch.dtype = torch.float64,
+    early: bool = False,
 ) -> Any:
-    """Statistics of `rows` rows: completions of 1 to 5 tokens, columns of numbers; `logps` are leaves with gradient."""
+    """Statistics of `rows` rows: completions of 1 to 5 tokens, columns of numbers; `logps` are leaves with gradient.
+
+    With `early` those before a step: completions of the early roles alone.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def completions() -> Completions:
@@ -39,14 +50,33 @@ def random_statistics(
         steps = 256 if name in FRACTIONS else 1
         return (torch.randint(0, steps + 1, (rows,), generator=generator) / steps).to(dtype)
 
+    if early:
+        nothing = dict.fromkeys([*roles(family), *columns_of(family)])
+        return family(**nothing, **{name: completions() for name in early_roles_of(family)})
     columns = {name: column(name) for name in columns_of(family)}
     return family(**{name: completions() for name in roles(family)}, **columns)
 
 
+def context_of(objective: Objective, statistics: Any, *, start: bool = False, **options: Any) -> Any:
+    """The statistics with the means that the objective's `before` gives, of random completions where it reads early roles.
+
+    Args:
+        objective: with default settings.
+        statistics: random ones of its family.
+        start: policy and reference are equal before the step, too.
+        options: of `random_statistics`.
+    """
+    if objective.before is None:
+        return statistics
+    early = random_statistics(objective.family, early=True, **options) if early_roles(objective) else statistics
+    values = objective.before(objective.config(), at_reference(early) if start else early)
+    return dataclasses.replace(statistics, context={name: value.detach().mean() for name, value in values.items()})
+
+
 def each(statistics: Any, change: Callable[[Completions], Completions]) -> Any:
     """The same statistics with every role's completions changed."""
-    family = type(statistics)
-    return dataclasses.replace(statistics, **{role: change(getattr(statistics, role)) for role in roles(family)})
+    there = {name: one for name, one in vars(statistics).items() if isinstance(one, Completions)}
+    return dataclasses.replace(statistics, **{role: change(one) for role, one in there.items()})
 
 
 def at_reference(statistics: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from random_statistics import at_reference, by_row, each, leaves, random_statistics, roles, take, terms
+from random_statistics import at_reference, by_row, context_of, each, leaves, random_statistics, roles, take, terms
 
 from posttrain.registry import Objective, find, names
 from posttrain.schema import fields
@@ -18,8 +19,11 @@ ROOT = Path(__file__).parents[1]
 every_objective = pytest.mark.parametrize("objective", [find(name) for name in names()], ids=lambda objective: objective.name)
 
 
-def statistics_for(objective: Objective, **options: object) -> object:
-    return random_statistics(objective.family, want=objective.want(objective.config()), **options)
+def statistics_for(objective: Objective, *, start: bool = False, **options: Any) -> Any:
+    """Random statistics with their context; `start`: where the policy equals the reference."""
+    options["want"] = objective.want(objective.config())
+    statistics = random_statistics(objective.family, **options)
+    return context_of(objective, at_reference(statistics) if start else statistics, start=start, **options)
 
 
 @every_objective
@@ -106,7 +110,7 @@ def test_start_value(objective: Objective) -> None:
     start = objective.start(config)
     means = []
     for seed in (1, 2):
-        loss = objective(config, at_reference(statistics_for(objective, seed=seed)))
+        loss = objective(config, statistics_for(objective, seed=seed, start=True))
         means.append(sum(term.values.mean().item() for term in terms(loss)))
     if start is None:
         assert abs(means[0] - means[1]) > 1e-12

@@ -30,7 +30,7 @@ LAYERS = [
     {"reference", "engines", "rewards"},
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
-    {"trees", "meter", "recipe", "context"},
+    {"trees", "meter", "mismatch", "recipe", "context"},
     {"objectives", "settings", "shipped", "arguments"},
     {"divergences", "advantages"},
     {"stats", "registry", "schema"},

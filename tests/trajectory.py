@@ -10,6 +10,7 @@ import copy
 import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, tiny
 from transformers import TrainingArguments
 
+from posttrain.mismatch import Mismatched, early_roles, lenders
 from posttrain.models import attach
 from posttrain.reference import AdapterOff, CachedLogps, FrozenModel
 from posttrain.registry import Objective, find
@@ -53,6 +55,7 @@ PROBE = Objective(
     want=lambda _config: (),
     start=lambda _config: None,
     before=None,
+    advise=None,
     coupled=False,
     document="",
 )
@@ -78,19 +81,21 @@ def objective_named(name: str) -> Objective:
     return PROBE if name == PROBE.name else find(name)
 
 
-def rows_for(objective: Objective) -> list[dict[str, Any]]:
+def rows_for(objective: Objective) -> Sequence[dict[str, Any]] | Mismatched:
     """Rows of one epoch: prompts of 2 to 9 tokens, one completion of 1 to 7 tokens a role, columns of zeros and ones."""
     generator = np.random.default_rng(0)
 
     def ids(low: int, high: int) -> list[int]:
         return generator.integers(3, VOCABULARY, generator.integers(low, high)).tolist()
 
-    return [
+    rows = [
         {"prompt": ids(2, 10)}
         | {role: [ids(1, 8)] for role in roles_of(objective.family)}
         | {column: int(generator.integers(2)) for column in columns_of(objective.family)}
         for _ in range(STEPS * ROWS_A_STEP)
     ]
+    early = early_roles(objective)
+    return Mismatched(rows, lenders([row["prompt"] for row in rows], 0, "rows"), early, 64) if early else rows
 
 
 @functools.cache
@@ -119,7 +124,7 @@ def _reference(kind: str, objective: Objective, folder: Path, peft: bool) -> Fro
     if kind == "frozen":
         return FrozenModel(model, "random")
     cache = CachedLogps(folder / "cache", "random", "random")
-    list(cache.fill(model, rows_for(objective), roles_of(objective.family), "tree", 4))
+    list(cache.fill(model, rows_for(objective), [*roles_of(objective.family), *early_roles(objective)], "tree", 4))
     cache.reload()
     return cache
 
