@@ -17,17 +17,25 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+    from .mismatch import Mismatched, MismatchedStream
     from .tally import Report
+
+
+PAIRED = ("chosen", "rejected")
+"""Roles of the rows that `data.unpair` takes apart."""
+
+UNPAIRED = (("completion",), ("label",))
+"""Roles and columns of the rows that it makes of them."""
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What a run trains and evaluates on."""
 
-    train: Dataset | IterableDataset
+    train: Dataset | IterableDataset | Mismatched | MismatchedStream
     """Rows to train on: `prompt`, the roles, the columns; nothing else."""
 
-    eval: Dataset | IterableDataset | None
+    eval: Dataset | IterableDataset | Mismatched | MismatchedStream | None
     """Rows to evaluate on, alike."""
 
     report: Report
@@ -58,10 +66,16 @@ def load(
     from . import rows
 
     _refuse(config, where)
+    if config.unpair and (tuple(roles), tuple(columns)) != UNPAIRED:
+        raise UserError(f"{where}: unpair = true makes rows of completion and label; this method reads {', '.join(roles)}")
     sources = config.mixture or (Source(name=config.name, subset=config.subset, split=config.split),)
     sources = [replace(one, limit=one.limit or config.limit) for one in sources]
     asked = None if config.eval is None else replace(config.eval, name=config.eval.name or config.name)
-    train, evaluation, report = rows.load(config, sources, asked, tokenizer, tuple(roles), tuple(columns), where)
+    of_rows = (PAIRED, ()) if config.unpair else (tuple(roles), tuple(columns))
+    train, evaluation, report = rows.load(config, sources, asked, tokenizer, *of_rows, where)
+    if config.unpair:
+        train, evaluation = rows.unpaired(train), None if evaluation is None else rows.unpaired(evaluation)
+        report = replace(report, train_rows=report.train_rows and 2 * report.train_rows, eval_rows=2 * report.eval_rows)
     return Loaded(train, evaluation, report)
 
 

@@ -31,6 +31,11 @@ _LARGEST_SHIFT = 8
 """Tokens by which the boundary may move: a generation prompt that opens a thought is 2 or 3. More is another prompt."""
 
 
+_LABEL = (layouts.label, "true, false, 1, 0, desirable or undesirable")
+_NUMBER = (layouts.number, "a number")
+"""What reads a value of a row, None where it cannot, and what it expects."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Turns batches of raw rows into token ids; callable by `datasets.map(batched=True, with_indices=True)`."""
@@ -112,10 +117,12 @@ class Encoder:
     def _numbers(self, row: Mapping[str, Any], number: int) -> dict[str, float]:
         found = {}
         for name in self.layout.numbers:
-            got, column = row[self.layout.mapping[name]], self.layout.mapping[name]
-            if not isinstance(got, (bool, int, float)):
-                raise UserError(f"{self.layout.where}: row {number}: column {column!r} holds {got!r}, expected a number")
-            found[name] = float(got)
+            column = self.layout.mapping[name]
+            got = row[column]
+            read, expected = _LABEL if name == "label" else _NUMBER
+            if read(got) is None:
+                raise UserError(f"{self.layout.where}: row {number}: column {column!r} holds {got!r}, expected {expected}")
+            found[name] = read(got)
         return found
 
     def _row(self, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:

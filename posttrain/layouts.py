@@ -38,9 +38,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "chosen": ("chosen", "chosen_response", "response_chosen", "preferred"),
     "rejected": ("rejected", "rejected_response", "response_rejected", "dispreferred"),
     "completion": ("completion", "response", "output", "answer", "solution"),
-    "label": ("label",),
+    "label": ("label", "is_desirable"),
 }
 """What a column is for -> names it goes by, the first match wins. A role or number that is not here goes by its own name."""
+
+_LABELS = {"desirable": 1.0, "undesirable": 0.0, "true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
+"""Values of a label, as text in lower case."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +268,11 @@ def _map(
         missing.insert(0, "prompt")
     if missing:
         looked = ", ".join(ALIASES.get(missing[0], (missing[0],)))
+        pairs = all(set(ALIASES[side]) & set(have) for side in ("chosen", "rejected"))
         raise UserError(
             f"{where}: no column for {missing[0]!r} (looked for {looked}); columns: {', '.join(have)};"
             f" name one with --data.columns.{missing[0]} <column>"
+            + (", or take the pairs apart with --data.unpair true" if roles == ("completion",) and pairs else "")
         )
     return {name: found[name] for name in possible if name in found}
 
@@ -282,6 +287,16 @@ def _shape(sample: Sequence[Mapping[str, Any]], mapping: Mapping[str, str], name
             raise UserError(f"{where}: row 1: column {column!r} holds {kind_of(value)}, expected text or a list of messages")
         shapes.add("text" if isinstance(value, str) else "messages")
     return "messages" if "messages" in shapes else "text"
+
+
+def label(value: Any) -> float | None:
+    """1 for a desirable completion, 0 for an undesirable one, None for what is no label."""
+    return _LABELS.get(f"{value:g}" if isinstance(value, float) else str(value).lower())
+
+
+def number(value: Any) -> float | None:
+    """A number as float, None for anything else."""
+    return float(value) if isinstance(value, (bool, int, float)) else None
 
 
 def _asked(conversation: list[Message]) -> list[Message]:

@@ -191,6 +191,19 @@ def _tables(
     return train, evaluation, report
 
 
+def unpaired(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Of every pair two rows: the chosen completion with label 1, then the rejected one with label 0."""
+    ids = List(Value("int32"))
+    features = Features({"prompt": ids, "completion": List(ids), "label": Value("float32")})
+    return rows.map(_apart, batched=True, remove_columns=["chosen", "rejected"], features=features)
+
+
+def _apart(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    sides = zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
+    made = [(prompt, side, label) for prompt, *both in sides for side, label in zip(both, (1.0, 0.0), strict=True)]
+    return dict(zip(("prompt", "completion", "label"), map(list, zip(*made, strict=True)), strict=True))
+
+
 def _repeat(rows: np.ndarray, weight: float) -> np.ndarray:
     """Rows, each as often as a weight above 1 says; the fractional part adds the first of them once more."""
     whole, part = divmod(max(weight, 1), 1)

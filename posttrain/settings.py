@@ -140,6 +140,10 @@ class DataConfig:
     empty: Literal["drop", "error"] = "drop"
     """Rows with an empty completion or prompt: leave out, or stop."""
 
+    unpair: bool = False
+    """Make two rows of every pair: the chosen completion as a desirable one, the rejected as an undesirable one. For methods
+    that read one completion and a label; `limit`, `eval_size` and all counts are of pairs."""
+
     limit: PositiveInt | None = None
     """Read only the first rows of each training set."""
 

@@ -52,7 +52,7 @@ def test_mistakes_are_one_line(name: str, write: Write, tokenizer: Any) -> None:
 
 def test_mistakes_of_label_and_prompt(write: Write, tokenizer: Any) -> None:
     row = {"prompt": "a", "completion": "b", "label": "good"}
-    assert "row 1: column 'label' holds 'good', expected a number" in refused(
+    assert "row 1: column 'label' holds 'good', expected true, false, 1, 0, desirable or undesirable" in refused(
         tokenizer, ("completion",), ("label",), name=write(row)
     )
     assert "no column for 'label'" in refused(

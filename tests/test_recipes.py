@@ -30,6 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(run: Run, path: Path, first: int) -> Path:
     """Eight rows that the family of the objective can read."""
     roles, columns = roles_of(run.objective.family), columns_of(run.objective.family)
+    if run.data.unpair:
+        roles, columns = ["chosen", "rejected"], []
     written = [
         {"prompt": f"ab {i}?", **{role: f"{role} {i}" for role in roles}, **{column: i % 2 == 0 for column in columns}}
         for i in range(first, first + 8)
