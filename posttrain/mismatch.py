@@ -76,7 +76,9 @@ def with_mismatches(
     """
     if isinstance(rows, IterableDataset):
         return MismatchedStream(rows, roles, max_length, where)
-    return Mismatched(rows, lenders(rows.with_format("numpy")["prompt"], seed, where), roles, max_length)
+    batches = rows.select_columns("prompt").with_format("arrow").iter(batch_size=1000)  # 40 times as fast as row by row
+    prompts = (ids for batch in batches for ids in batch["prompt"].to_numpy())
+    return Mismatched(rows, lenders(prompts, seed, where), roles, max_length)
 
 
 class Mismatched(torch.utils.data.Dataset):

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from datasets import Dataset
+from golden import golden
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,18 @@ def test_the_seed_decides() -> None:
 
 def test_prompts_that_begin_alike_are_different() -> None:
     assert lenders([[1], [1, 1]], 0, "data").tolist() == [1, 0]
+
+
+def test_released_pairings_of_five_rows() -> None:
+    """HALOs and TRL rotate the batch, so that every row lends once; TRL once reversed it, and the middle row met itself."""
+    official = golden("kto_mismatch_indices").outputs
+    five = range(5)
+    for name in ("halos", "trl"):
+        assert sorted(official[name]) == [*five] and all(official[name][i] != i for i in five)
+    assert official["old_trl_reversed"][2] == 2
+    ours = lenders([[i] for i in five], 0, "data").tolist()
+    assert sorted(ours) == [*five] and all(ours[i] != i for i in five)
+    assert borrowed(MismatchedStream(rows([*five]), ROLES, 100, "data"))[1:] == official["trl"][1:]
 
 
 def test_one_prompt_is_refused() -> None:
