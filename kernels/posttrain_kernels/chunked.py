@@ -26,9 +26,9 @@ from .fold import State
 from .head import KLS, Head, Separable, Want, name_of
 from .passes import Result, Sizes, Task, backward_pass, forward_pass
 
-_CPU = {"workspace": 64 << 20, "tokens": 128, "pad": 32, "items": 2048}
-_OTHER = {"workspace": 1 << 30, "tokens": 1024, "pad": 1024, "items": 8192}
-"""Default workspace in bytes, largest block of tokens, what the last one is padded to, width of a tile (CPU: measured)."""
+_CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024}
+_OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 4096}
+"""Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, tokens of a fold."""
 
 _CONSTANT = ("argmax", "ref_logp")
 """Statistics without a gradient."""
@@ -41,9 +41,15 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
         workspace = default["workspace"]
     pad, itemsize = default["pad"], head.dtype.itemsize
     items = min(max(workspace // (8 * pad * itemsize) // 64 * 64, 64), default["items"])
-    tokens = workspace // ((head.size + 8 * items) * itemsize) // pad * pad
-    chunk = workspace // (items * itemsize * temporaries) // pad * pad
-    return Sizes(min(max(tokens, pad), default["tokens"]), pad, items, max(chunk, pad))
+
+    def tokens(width: int, most: int) -> int:
+        """How many tokens with `width` numbers each the workspace holds."""
+        return min(max(workspace // (width * itemsize) // pad * pad, pad), most)
+
+    rows = tokens(8 * items, default["rows"])
+    block = tokens(8 * items, default["block"]) // rows * rows
+    kept = tokens(head.size + 8 * items, default["block"])
+    return Sizes(rows, pad, items, block, kept if kept < rows else kept // rows * rows, tokens(temporaries * items, 1 << 30))
 
 
 @dataclass(frozen=True)

@@ -21,22 +21,28 @@ Block = tuple[slice, slice]
 class Sizes:
     """How the loops are cut. Depends on device, dtype, vocabulary and workspace, never on N."""
 
-    tokens: int
-    """Tokens of a forward block."""
+    rows: int
+    """Tokens of one product in the forward, so that a token's logits have the same bits in any batch."""
 
     pad: int
-    """The last block is padded to a multiple of this."""
+    """The last product of a forward is padded to a multiple of this."""
 
     items: int
     """Items of a tile."""
 
+    block: int
+    """Tokens folded at a time."""
+
+    kept: int
+    """Tokens folded at a time where their logits are kept over the whole vocabulary."""
+
     chunk: int
     """Tokens of a backward chunk."""
 
-    def blocks(self, n: int) -> list[Block]:
-        """Every forward block of n tokens."""
-        starts = range(0, n, self.tokens)
-        padded = [min(self.tokens, -(-(n - start) // self.pad) * self.pad) for start in starts]
+    def blocks(self, n: int, tokens: int) -> list[Block]:
+        """Forward blocks of so many tokens."""
+        starts = range(0, n, tokens)
+        padded = [min(tokens, -(-(n - start) // self.pad) * self.pad) for start in starts]
         return [(slice(s, min(s + p, n)), slice(s, s + p)) for s, p in zip(starts, padded, strict=True)]
 
     def chunks(self, n: int) -> list[slice]:
@@ -103,7 +109,8 @@ class Result:
 def forward_pass(task: Task, *, row_scale: str | None, grad: bool) -> Result:
     """Fold all logits; with `row_scale`, also the gradient of that statistic to the hidden states."""
     head, n = task.head, len(task.head.x)
-    blocks = task.sizes.blocks(n)
+    keep = bool(task.divergences or row_scale)
+    blocks = task.sizes.blocks(n, task.sizes.kept if keep else task.sizes.block)
     padded = blocks[-1][1].stop if blocks else 0
     ids = _ids(n, padded, [task.target if "logp" in task.names else None, task.index], head.x.device)
     ref_ids = _ids(n, padded, [task.target if "ref_logp" in task.names else None], head.x.device)
@@ -120,7 +127,7 @@ def forward_pass(task: Task, *, row_scale: str | None, grad: bool) -> Result:
     heads = [(head, state, ids), (task.ref, ref_state, ref_ids)][: 1 if task.ref is None else 2]
     rows = max((pad.stop - pad.start for _, pad in blocks), default=0)
     scratch = [its.m.new_empty(rows * task.sizes.items) for _, its, _ in heads]
-    if not task.divergences and not row_scale:
+    if not keep:
         for (one, its, its_ids), work in zip(heads, scratch, strict=True):
             _fold(task, one, its, its_ids, blocks, [], work)
     else:
@@ -154,7 +161,11 @@ def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block]
             weights = tile_weights(head, start, stop)
             for real, rows, part, its_ids in parts:
                 work = scratch[: rows * (stop - start)].view(rows, stop - start)
-                z = logits_tile(head, weights, start, real, kept[j][:rows] if kept else work)
+                z = kept[j][:rows] if kept else work
+                for first in range(0, rows, task.sizes.rows):
+                    product = z[first : first + task.sizes.rows]
+                    tokens = slice(real.start + first, min(real.start + first + len(product), real.stop))
+                    logits_tile(head, weights, start, tokens, product)
                 part.fold(z, start, its_ids, work)
                 if stop == task.edge:
                     part.common.copy_(part.lse)
