@@ -44,8 +44,8 @@ def run(folder: Path, out: Path, *changes: str, go: Any = execute) -> Prepared:
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
-    """What was logged, but for what a clock or the machine decides."""
-    measured = ("per_second", "memory_gib", "time", "seconds")
+    """What was logged, but for clocks, memory and the epoch, which transformers counts in micro-batches."""
+    measured = ("per_second", "memory_gib", "time", "seconds", "epoch")
     return [{k: v for k, v in line.items() if not any(word in k for word in measured)} for line in read_metrics(out)]
 
 
@@ -57,6 +57,18 @@ def test_held_out_loss_does_not_depend_on_its_batches(folder: Path, tmp_path: Pa
     evaluated = [line for line in one if "eval_loss" in line]
     assert evaluated and evaluated[-1]["eval_kl/z0_raw"] != 0
     for ours, theirs in zip(one, four, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_short_last_step_is_the_same_however_it_is_split(folder: Path, tmp_path: Path) -> None:
+    """12 rows, 5 a step: the last has 2."""
+    for size in (5, 1):
+        split = (f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={5 // size}")
+        run(folder, tmp_path / str(size), "train.max_steps=-1", "train.warmup_steps=0", *split)
+    whole, single = (metrics(tmp_path / str(size)) for size in (5, 1))
+    assert len([line for line in whole if "loss" in line]) == 3
+    assert whole[2]["count/desirable/sum"] + whole[2].get("count/undesirable/sum", 0) == 2
+    for ours, theirs in zip(whole, single, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
