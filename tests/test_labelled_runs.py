@@ -65,8 +65,8 @@ def test_a_short_last_step_is_the_same_however_it_is_split(folder: Path, tmp_pat
     for size in (5, 1):
         split = (f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={5 // size}")
         run(folder, tmp_path / str(size), "train.max_steps=-1", "train.warmup_steps=0", *split)
-    whole, single = (metrics(tmp_path / str(size)) for size in (5, 1))
-    assert len([line for line in whole if "loss" in line]) == 3
+    whole, single = ([line for line in metrics(tmp_path / str(size)) if "loss" in line] for size in (5, 1))
+    assert len(whole) == 3
     assert whole[2]["count/desirable/sum"] + whole[2].get("count/undesirable/sum", 0) == 2
     for ours, theirs in zip(whole, single, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
