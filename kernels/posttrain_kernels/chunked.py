@@ -26,9 +26,10 @@ from .fold import State
 from .head import KLS, Head, Separable, Want, name_of
 from .passes import Result, Sizes, Task, backward_pass, forward_pass
 
-_CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024}
-_OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 4096}
-"""Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, tokens of a fold."""
+_CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "chunk": 2048}
+_OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 4096, "chunk": 32768}
+"""Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, most tokens of a fold and
+of a backward chunk. Measured on a CPU (larger ones are no faster); the others are estimates for a GPU."""
 
 _CONSTANT = ("argmax", "ref_logp")
 """Statistics without a gradient."""
@@ -49,7 +50,8 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
     rows = tokens(8 * items, default["rows"])
     block = tokens(8 * items, default["block"]) // rows * rows
     kept = tokens(head.size + 8 * items, default["block"])
-    return Sizes(rows, pad, items, block, kept if kept < rows else kept // rows * rows, tokens(temporaries * items, 1 << 30))
+    kept = kept // rows * rows or kept
+    return Sizes(rows, pad, items, block, kept, chunk=tokens(temporaries * items, default["chunk"]))
 
 
 @dataclass(frozen=True)

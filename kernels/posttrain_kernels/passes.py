@@ -206,9 +206,10 @@ def _row_gradient(task: Task, result: Result, name: str, rows: slice, kept: list
     with exact_products(head.x):
         for j, (start, stop) in enumerate(task.tiles(head)):
             zq = kept[1][j][:n] if own.pairs and stop <= task.edge else None
-            dz = narrow(_gradient_tile(task, own, kept[0][j][:n], zq, start, rows), head.x)
-            for total, weight in zip(result.gradients, tile_weights(head, start, stop), strict=True):
-                accumulate(total[rows], dz, weight, add=j > 0)
+            dz = _gradient_tile(task, own, kept[0][j][:n], zq, start, rows)
+            weights = tile_weights(head, start, stop)
+            for (x, _), weight, total in zip(head.terms, weights, result.gradients, strict=True):
+                accumulate(total[rows], narrow(dz, x), weight, add=j > 0)
     for total in result.gradients:
         total[rows] *= row_factor(head, own.factor, rows)
 
@@ -276,13 +277,13 @@ def _backward_tile(
         dz = _gradient_tile(task, own, z, rest[0] if pairs else None, start, rows)
         if bias is not None:
             bias.addmv_(dz.mT, factor.squeeze(1))
-        dz = narrow(dz, head.x)
         with exact_products(head.x):
             for (x, _), weight, dx, dw in zip(head.terms, weights, out.x, sums, strict=True):
+                narrowed = narrow(dz, x)
                 if dx is not None:
-                    accumulate(dx[rows], dz, weight, add=True)
+                    accumulate(dx[rows], narrowed, weight, add=True)
                 if dw is not None:
-                    accumulate(dw, dz.mT, operand((x[rows].to(factor.dtype) * factor), x), add=i > 0)
+                    accumulate(dw, narrowed.mT, operand(x[rows].to(factor.dtype) * factor, x), add=i > 0)
     for total, dw in zip(out.weight, sums, strict=True):
         if total is not None and dw.dtype != total.dtype:
             total[start:stop] = dw
