@@ -7,6 +7,7 @@ predicts token t + 1; label -100 is prompt or padding. The files in goldens/ are
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ import torch
 
 from posttrain.registry import Objective
 from posttrain.stats import Completions, Labelled, Loss, Pairs
+
+_STATISTICS = {
+    "entropy": lambda lp, lq: -(lp.exp() * lp).sum(-1),
+    "forward_kl": lambda lp, lq: (lq.exp() * (lq - lp)).sum(-1),
+    "log_sum_p2": lambda lp, lq: (2 * lp).logsumexp(-1),
+    "max_logp": lambda lp, lq: lp.max(-1).values,
+}
+"""Statistics over the vocabulary from the log-softmax of both models, [..., V] -> [...]."""
 
 _FOLDER = Path(__file__).parent / "goldens"
 
@@ -47,20 +56,23 @@ class Golden:
         """[2B, S, V] -> [2B, S - 1] log-prob of the next token."""
         return logits[:, :-1].log_softmax(-1).gather(-1, self.targets[..., None]).squeeze(-1)
 
-    def pairs(self) -> Pairs:
-        """The statistics of the file, float64; differentiable to `policy_logits`."""
+    def pairs(self, want: Sequence[str] = ()) -> Pairs:
+        """The statistics of the file, float64; differentiable to `policy_logits`. `want`: names of `_STATISTICS`."""
         if self.policy_logits is None:
             return Pairs(**{role: self._sequences(role) for role in ("chosen", "rejected")})
         policy, reference = self.logps(self.policy_logits), self.logps(tensor(self.inputs["ref_logits"]))  # [2B, S - 1]
+        rows = self.policy_logits[:, :-1].log_softmax(-1), tensor(self.inputs["ref_logits"])[:, :-1].log_softmax(-1)
+        more = {name: _STATISTICS[name](*rows) for name in want}  # [2B, S - 1] each
         half = len(policy) // 2
         return Pairs(
             **{
                 role: Completions(
-                    logps=policy[rows][self.mask[rows]],
-                    lengths=self.mask[rows].sum(1),
-                    reference_logps=reference[rows][self.mask[rows]],
+                    logps=policy[part][self.mask[part]],
+                    lengths=self.mask[part].sum(1),
+                    reference_logps=reference[part][self.mask[part]],
+                    more={name: values[part][self.mask[part]] for name, values in more.items()},
                 )
-                for role, rows in (("chosen", slice(0, half)), ("rejected", slice(half, None)))
+                for role, part in (("chosen", slice(0, half)), ("rejected", slice(half, None)))
             }
         )
 
@@ -106,7 +118,7 @@ class Golden:
             statistics: what the objective reads, where it is not the file's `pairs()`.
         """
         outputs = self.outputs if outputs is None else outputs
-        loss = objective(config, self.pairs() if statistics is None else statistics)
+        loss = objective(config, self.pairs(objective.want(config)) if statistics is None else statistics)
         assert loss.per == "row" and loss.plus is None
         close(loss.values, outputs["per_example_losses"], atol)
         close(loss.values.mean(), outputs["loss"], atol)
