@@ -96,7 +96,7 @@ def worker(options: argparse.Namespace) -> None:
         call()
         wall.append(time.perf_counter() - start[0])
         cpu.append(time.process_time() - start[1])
-    print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak - before, "numbers": numbers, "threads": torch.get_num_threads()}))
+    print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak - before, "numbers": numbers}))
 
 
 def measure(options: argparse.Namespace, dtype: str, case: str, name: str) -> dict:
@@ -118,7 +118,7 @@ def compare(options: argparse.Namespace, dtype: str, case: str) -> tuple[list[di
         row |= {"peak": statistics.median(run["peak"] for run in runs), "numbers": runs[0]["numbers"]}
         baseline = baseline or row
         ratios = {f"{key} ratio": row[key] / baseline[key] for key in ("wall", "cpu", "peak")}
-        rows.append({"dtype": dtype, "case": case, "peer": name, **row, **ratios, "threads": runs[0]["threads"]})
+        rows.append({"dtype": dtype, "case": case, "peer": name, **row, **ratios})
     first = rows[0]["numbers"]
     agree = all(
         abs(a - b) <= TOLERANCE[dtype] * max(1, abs(a)) for row in rows for a, b in zip(first, row["numbers"], strict=True)
@@ -126,27 +126,30 @@ def compare(options: argparse.Namespace, dtype: str, case: str) -> tuple[list[di
     return rows, agree
 
 
-def table(options: argparse.Namespace, rows: list[dict]) -> str:
-    """Markdown."""
+def header(options: argparse.Namespace) -> str:
+    """What ran where, and the head of the Markdown table."""
     from importlib.metadata import version
 
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {rows[0]['threads']} threads"
-    level = torch.backends.cpu.get_cpu_capability()
-    lines = [
-        f"N = {options.tokens}, H = {options.hidden}, V = {options.vocab}; {device} ({platform.machine()}, {level}), "
-        f"torch {torch.__version__}, trl {version('trl')}; medians of {options.rounds} alternating rounds.",
-        "",
-        "| dtype | case | form | seconds | x naive | CPU seconds | x naive | peak MiB | x naive |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [row["dtype"], row["case"], PEERS[row["peer"]]]
-        for key, unit in (("wall", 1), ("cpu", 1), ("peak", 2**20)):
-            cells += [f"{row[key] / unit:.3g}", f"{row[f'{key} ratio']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    threads = options.threads or torch.get_num_threads()
+    device = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return (
+        f"N = {options.tokens}, H = {options.hidden}, V = {options.vocab}; "
+        f"{device}; torch {torch.__version__}, trl {version('trl')}; medians of {options.rounds} alternating rounds.\n\n"
+        "| dtype | case | form | seconds | x naive | CPU seconds | x naive | peak MiB | x naive |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+
+
+def line(row: dict) -> str:
+    """A line of the table."""
+    cells = [row["dtype"], row["case"], PEERS[row["peer"]]]
+    for key, unit, digits in (("wall", 1, 2), ("cpu", 1, 2), ("peak", 2**20, 0)):
+        cells += [f"{row[key] / unit:.{digits}f}", f"{row[f'{key} ratio']:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -168,13 +171,14 @@ def main() -> None:
     if options.peer:
         worker(options)
         return
+    print(header(options), flush=True)
     rows, differ = [], []
     for dtype in options.dtypes.split(","):
         for case in options.cases.split(","):
             found, agree = compare(options, dtype, case)
+            print("\n".join(line(row) for row in found), flush=True)
             rows += found
             differ += [] if agree else [f"{dtype} {case}"]
-    print(table(options, rows))
     if options.json:
         Path(options.json).write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1))
     if differ:
