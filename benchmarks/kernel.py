@@ -26,7 +26,7 @@ CASES = ("trained", "frozen", "forward")
 PEERS = {
     "naive": "log_softmax + gather",
     "naive32": "the same, float32 products",
-    "trl": "TRL 1.16",
+    "trl": "TRL ChunkedLogProbFunction",
     "ours": "posttrain_kernels",
 }
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
