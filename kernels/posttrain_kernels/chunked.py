@@ -41,7 +41,7 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
     if workspace is None:
         workspace = default["workspace"]
     pad, itemsize = default["pad"], head.dtype.itemsize
-    items = min(max(workspace // (8 * pad * itemsize) // 64 * 64, 64), default["items"])
+    items = min(max(workspace // (8 * pad * itemsize) // 64 * 64, 64), default["items"], head.size)
 
     def tokens(width: int, most: int) -> int:
         """How many tokens with `width` numbers each the workspace holds."""
