@@ -189,7 +189,9 @@ def main() -> None:
     import torch
     import trl
 
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, trl {trl.__version__}, ", end="")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, trl {trl.__version__}, ", end=""
+    )
     print(f"batch {options.batch}, max length {options.max_length}, {options.dtype}, checkpointing {options.checkpointing}\n")
     print("| reference | side | s/step | ratio | tokens/step | ratio | peak GiB | ratio | largest loss difference |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -215,7 +217,9 @@ def table(reference: str, runs: dict[str, list[dict]]) -> None:
             f"| {reference} | {side} | {ratios[0]} | {tokens[side]:.0f} | {tokens[side] / tokens['trl']:.2f} | "
             f"{ratios[1]} | {apart:.1e} |"
         )
-    print(json.dumps({"reference": reference, "seconds": seconds, "peak_gib": peak, "tokens": tokens, "apart": apart}), flush=True)
+    print(
+        json.dumps({"reference": reference, "seconds": seconds, "peak_gib": peak, "tokens": tokens, "apart": apart}), flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from posttrain_kernels import Head
+from posttrain_kernels import ONE_HEAD, Head
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from .models import Request, evaluating, head_of, model_inputs
+from .registry import Objective
 from .schema import UserError
 from .trees import TreeCollator
 
@@ -153,6 +154,11 @@ class CachedLogps:
                 yield start + len(chosen)
         if shard:
             _write_shard(self.folder, shard)
+
+
+def reads_vocabulary(objective: Objective, config: Any) -> bool:
+    """Whether an objective reads the reference over the whole vocabulary, for which cached log-probs do not do."""
+    return objective.reference and any(name not in ONE_HEAD for name in objective.want(config))
 
 
 def fingerprint(name: str, model: nn.Module, dtype: str) -> str:

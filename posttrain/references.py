@@ -18,16 +18,25 @@ from . import console, data
 from .mismatch import early_roles
 from .models import attach, dtypes, load_model, load_tokenizer
 from .recipe import Run
-from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint
+from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint, reads_vocabulary
 from .schema import UserError
 from .stats import roles_of
 from .trees import shareable
 
 
 def kind_of(run: Run) -> str:
-    """`frozen`, `adapter`, `cached`, or `none` for an objective that reads no reference."""
+    """`frozen`, `adapter`, `cached`, or `none` for an objective that reads no reference.
+
+    Raises:
+        UserError: `cached`, for an objective that reads the reference over the whole vocabulary.
+    """
     if not run.objective.reference:
         return "none"
+    if run.reference.kind == "cached" and reads_vocabulary(run.objective, run.config):
+        raise UserError(
+            f"reference.kind = 'cached': {run.objective.name} reads the reference over the whole vocabulary, not just its "
+            "log-probs; possible: frozen, adapter, auto"
+        )
     if run.reference.kind != "auto":
         return run.reference.kind
     return "adapter" if run.model.peft is not None and run.reference.model is None else "frozen"

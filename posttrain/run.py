@@ -73,6 +73,7 @@ def prepare(run: Run) -> Prepared:
         UserError: a setting, a path, the data, a missing extra, or an output folder that is another run's.
     """
     require_extras(run)
+    references.kind_of(run)
     run, args = settle(run)
     checkpoint = checkpoint_to_resume(run)
     tokenizer = load_tokenizer(run.model)
@@ -141,6 +142,7 @@ def precompute(run: Run) -> int:
     quiet_libraries()
     run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))
     require_extras(run)
+    references.kind_of(run)
     run, args = settle(run)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)

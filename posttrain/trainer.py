@@ -21,7 +21,7 @@ from .divergences import divergence
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, causal_lm, evaluating, model_inputs
-from .reference import AdapterOff, CachedLogps, FrozenModel
+from .reference import AdapterOff, CachedLogps, FrozenModel, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
@@ -45,8 +45,7 @@ class Trainer(transformers.Trainer):
         kwargs: those of `transformers.Trainer`.
 
     Raises:
-        UserError: the objective reads the reference over the whole vocabulary and only log-probs are cached; or several GPUs
-            are visible to one process, which would replicate the model in threads.
+        UserError: several GPUs are visible to one process, which would replicate the model in threads.
     """
 
     loss_is_scaled_for_ga = True
@@ -68,11 +67,8 @@ class Trainer(transformers.Trainer):
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
         self.early_roles = list(early_roles(objective))
         self.want = ("logp", *(_statistic(name) for name in objective.want(config)))
-        self.needs_reference_head = any(isinstance(s, Separable) or s in ("forward_kl", "reverse_kl") for s in self.want)
-        if self.needs_reference_head and isinstance(reference, CachedLogps):
-            raise UserError(
-                f"reference.kind: {objective.name} reads the reference over the whole vocabulary; use frozen or adapter"
-            )
+        self.needs_reference_head = reads_vocabulary(objective, config)
+        assert not (self.needs_reference_head and isinstance(reference, CachedLogps)), "references.kind_of refuses this"
         if args.n_gpu > 1:
             raise UserError(
                 "launch: several GPUs are visible to one process; start one per GPU: --launch ddp, or set one visible"

@@ -9,6 +9,8 @@ import torch
 from golden import close, golden
 
 from posttrain.objectives.preference.tdpo import TDPOConfig, tdpo
+from posttrain.recipe import load_run
+from posttrain.references import kind_of
 from posttrain.registry import find
 from posttrain.schema import UserError, parse
 from posttrain.stats import Completions, Pairs
@@ -55,6 +57,12 @@ def test_refusals(values: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
         parse(TDPOConfig, values, "objective")
     assert str(error.value) == message
+
+
+def test_cached_log_probs_are_refused() -> None:
+    run = load_run("tdpo", overrides=["model=policy", "data=pairs.jsonl", "reference=cached"])
+    with pytest.raises(UserError, match=r"^reference.kind = 'cached': tdpo reads the reference over the whole vocabulary"):
+        kind_of(run)
 
 
 def pairs() -> Pairs:
