@@ -163,9 +163,10 @@ def check(words: tuple[str, ...]) -> None:
 def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> None:
     """Compute the reference's log-probs of a run and keep them; runs with reference.kind=cached read them."""
     run = _load("logps", words, launch, processes)
-    from .run import precompute
+    from .run import leave, precompute
 
     precompute(run)
+    leave()
 
 
 @main.command()
@@ -181,9 +182,10 @@ def show(name: str | None) -> None:
 
 def _train(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> None:
     run = _load(command, words, launch, processes)
-    from .run import execute
+    from .run import execute, leave
 
     execute(run)
+    leave()
 
 
 def _load(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> Any:

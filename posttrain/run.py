@@ -28,7 +28,7 @@ from .schema import UserError
 from .stats import columns_of, roles_of
 from .trainer import Trainer
 
-__all__ = ["Prepared", "Run", "execute", "load_run", "precompute", "prepare"]
+__all__ = ["Prepared", "Run", "execute", "leave", "load_run", "precompute", "prepare"]
 
 _EXTRAS = {
     "wandb": "trackers",
@@ -120,6 +120,13 @@ def execute(run: Run) -> Prepared:
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
     return prepared
+
+
+def leave() -> None:
+    """End a program of several processes together: one that goes early closes its connections under those still at work."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def _final_evaluation(prepared: Prepared) -> dict[str, float]:
