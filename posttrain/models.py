@@ -15,14 +15,16 @@ from types import MethodType
 from typing import Any
 
 import torch
-from posttrain_kernels import Head, Separable, head_stats
+from posttrain_kernels import Head
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .schema import UserError
 from .settings import ModelConfig
+from .stats import Want
 from .trees import attention
+from .vocabulary import statistics as vocabulary_statistics
 
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Configuration keys of a constant factor on the logits, with its exponent (Cohere, Falcon-H1; Granite divides)."""
@@ -38,8 +40,8 @@ class Request:
     targets: Tensor
     """[N] the tokens."""
 
-    want: tuple[str | Separable, ...]
-    """Statistics of the kernel; empty: return the gathered hidden states under `hidden`."""
+    want: tuple[Want, ...]
+    """What to compute; empty: return the gathered hidden states under `hidden`."""
 
     ref: Head | None = None
     """A second head (reference, teacher) on the same tokens, for divergences."""
@@ -78,7 +80,7 @@ def _attach_head(head: nn.Module, lm: PreTrainedModel) -> None:
         with torch.autocast(x.device.type, enabled=False):
             mine = _head(self, lm, x)
             asked = statistics
-            return head_stats(mine, asked.want, target=asked.targets, ref=asked.ref, impl=asked.impl)
+            return vocabulary_statistics(mine, asked.want, targets=asked.targets, ref=asked.ref, impl=asked.impl)
 
     head.forward = MethodType(forward, head)
 

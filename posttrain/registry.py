@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .schema import UserError, suggest
+from .stats import Want
 
 OBJECTIVES: dict[str, Objective] = {}
 
@@ -36,8 +37,8 @@ class Objective:
     reference: bool
     """Whether it reads the reference's log-probs."""
 
-    want: Callable[[Any], Sequence[str]]
-    """From the config, the per-token statistics it needs beyond log-probs: names of the kernel or of `divergences.py`."""
+    want: Callable[[Any], Sequence[Want]]
+    """From the config, the per-token statistics it needs beyond log-probs."""
 
     start: Callable[[Any], float | None]
     """From the config, the loss where the policy equals the reference; None where it depends on the data."""
@@ -62,7 +63,7 @@ class Objective:
 def objective(
     *,
     reference: bool,
-    want: Sequence[str] | Callable[[Any], Sequence[str]] = (),
+    want: Sequence[Want] | Callable[[Any], Sequence[Want]] = (),
     start: float | Callable[[Any], float | None] | None = None,
     before: Callable[[Any, Any], Mapping[str, Any]] | None = None,
     advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,60 @@ import torch
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """A statistic of two models' distributions over the vocabulary, [N]: the sum over items of a function of both log-probs."""
+
+    name: str
+    """Its key in `Completions`."""
+
+    summand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """(log policy, log reference), equal shapes -> the term of the sum, elementwise."""
+
+    slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """The derivative of `summand` in log policy, where it is worth writing down; else autograd takes it."""
+
+    temperature: float = 1.0
+    """Divides the logits of both models."""
+
+    eager: bool = False
+    """The loss is a mean of this over tokens, so that the kernel may take its gradient in the forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rowwise:
+    """A statistic of two models' distributions over the vocabulary, [N]: any function of the two at one token."""
+
+    name: str
+    """Its key in `Completions`."""
+
+    f: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """(log policy [n, V], log reference [n, V], tokens [n]) -> [n], for a block of n tokens at a time; differentiable in log
+    policy. The vocabulary is what both models have, and both log-probs are normalised over it."""
+
+    temperature: float = 1.0
+    """Divides the logits of both models."""
+
+    eager: bool = False
+    """The loss is a mean of this over tokens, so that the kernel may take its gradient in the forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top:
+    """The k likeliest items of the reference at each token, [N, k] each, likeliest first: `top_ids`, `top_reference_logps` and,
+    with gradient, `top_logps`, the policy's log-probs of the same items. At most k: all items of a small vocabulary."""
+
+    k: int
+
+    temperature: float = 1.0
+    """Divides the logits of both models."""
+
+
+Want = str | Sum | Rowwise | Top
+"""What an objective asks for beyond log-probs: a statistic of the kernel or a divergence of divergences.py, by name, or one of
+the above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +89,10 @@ class Completions:
     """[N] log reference(y_t | prompt, y_<t), no gradient; only where the objective declares `reference=True`."""
 
     more: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """[N] each: what else the objective asked for in `want`, by name (entropy, forward_kl, log_sum_p2, ...)."""
+    """[N] or [N, k] each: what else the objective asked for in `want`, by name (entropy, forward_kl, log_sum_p2, ...)."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """[N] one of the statistics the objective asked for."""
+        """[N] or [N, k] one of the statistics the objective asked for."""
         return self.more[name]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

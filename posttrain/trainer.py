@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-from posttrain_kernels import Separable
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from . import context
-from .divergences import divergence
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, causal_lm, evaluating, model_inputs
@@ -27,10 +25,6 @@ from .schema import UserError
 from .selfcheck import SelfCheck
 from .stats import Completions, Loss, columns_of, roles_of
 from .trees import Collator, TreeCollator, attention_scale
-
-KERNEL_STATISTICS = ("entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
-"""What the kernel computes by name; any other name an objective wants is a divergence of divergences.py."""
-
 
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` on trees: statistics -> objective -> one global mean.
@@ -66,7 +60,7 @@ class Trainer(transformers.Trainer):
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
         self.early_roles = list(early_roles(objective))
-        self.want = ("logp", *(_statistic(name) for name in objective.want(config)))
+        self.want = ("logp", *objective.want(config))
         self.needs_reference_head = reads_vocabulary(objective, config)
         assert not (self.needs_reference_head and isinstance(reference, CachedLogps)), "references.kind_of refuses this"
         if args.n_gpu > 1:
@@ -240,7 +234,3 @@ class Trainer(transformers.Trainer):
             logs = {**logs, **self.meter.reduce(self.accelerator), **self.meter.rates(self.accelerator)}
             self.meter.clear()
         super().log(logs, start_time)
-
-
-def _statistic(name: str) -> str | Separable:
-    return name if name in KERNEL_STATISTICS else Separable(name, divergence(name).summand)

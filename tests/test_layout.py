@@ -30,14 +30,14 @@ LAYERS = [
     {"reference", "engines", "rewards"},
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
-    {"trees", "meter", "mismatch", "recipe", "context"},
+    {"trees", "meter", "mismatch", "recipe", "context", "vocabulary"},
     {"objectives", "settings", "shipped", "arguments"},
     {"divergences", "advantages"},
     {"stats", "registry", "schema"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
-KERNEL_USERS = {"trainer", "reference", "models", "quickstart"}
+KERNEL_USERS = {"vocabulary", "reference", "models", "quickstart"}
 """The modules that may import posttrain_kernels."""
 
 HEAVY = {"vllm": {"engines.vllm"}, "deepspeed": {"reference"}, "triton": set(), "trl": set(), "gguf": {"quickstart"}}

@@ -1,0 +1,62 @@
+"""What output heads say of each token: the wants of an objective as calls of the vocabulary kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import posttrain_kernels as kernels
+from posttrain_kernels import Head
+from torch import Tensor
+
+from .divergences import divergence
+from .stats import Rowwise, Sum, Top, Want
+
+KERNEL_STATISTICS = ("logp", "ref_logp", "entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
+"""What the kernel computes by name; any other name is a divergence of divergences.py."""
+
+
+def statistics(
+    head: Head, want: Sequence[Want], *, targets: Tensor, ref: Head | None = None, impl: str = "auto"
+) -> dict[str, Tensor]:
+    """The wanted statistics of N tokens by name; see `Want` for names and shapes.
+
+    Args:
+        head: of the policy, on the hidden states of the tokens; gradients flow to it.
+        targets: [N] the tokens.
+        ref: the head of the reference on the same tokens.
+        impl: implementation of the kernel.
+    """
+    out: dict[str, Tensor] = {}
+    for temperature in sorted({_temperature(entry) for entry in want}):
+        part = [entry for entry in want if _temperature(entry) == temperature]
+        out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), impl)
+    return out
+
+
+def _at(head: Head, want: Sequence[Want], targets: Tensor, ref: Head | None, impl: str) -> dict[str, Tensor]:
+    tops = [entry for entry in want if isinstance(entry, Top)]
+    entries = [_entry(one) for one in want if not isinstance(one, Top)]
+    if not tops:
+        return kernels.head_stats(head, entries, target=targets, ref=ref, impl=impl)
+    (top,) = tops
+    ids, reference_logps = kernels.top_k(ref, min(top.k, ref.size, head.size))
+    out = kernels.head_stats(head, [*entries, "gather"], target=targets, index=ids, ref=ref, impl=impl)
+    return {**out, "top_ids": ids, "top_reference_logps": reference_logps, "top_logps": out.pop("gather")}
+
+
+def _entry(want: Want) -> kernels.Want:
+    match want:
+        case Sum():
+            return kernels.Separable(want.name, want.summand, want.slope)
+        case Rowwise():
+            return kernels.Rowwise(want.name, want.f)
+    return want if want in KERNEL_STATISTICS else kernels.Separable(want, divergence(want).summand)
+
+
+def _temperature(want: Want) -> float:
+    return 1.0 if isinstance(want, str) else want.temperature
+
+
+def _cooled(head: Head, temperature: float) -> Head:
+    return head if temperature == 1 else dataclasses.replace(head, temperature=head.temperature * temperature)
