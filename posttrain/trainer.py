@@ -26,6 +26,7 @@ from .selfcheck import SelfCheck
 from .stats import Completions, Loss, columns_of, roles_of
 from .trees import Collator, TreeCollator, attention_scale
 
+
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` on trees: statistics -> objective -> one global mean.
 
