@@ -173,6 +173,18 @@ class Labelled:
     """As in `Pairs`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """B prompts with one completion each, read by a teacher, too: the family of distillation. The teacher is the reference of
+    `Completions`: `reference_logps` are its log-probs, a divergence is one between student (policy) and teacher."""
+
+    completion: Completions
+    """The completion of each row: of the data, or sampled."""
+
+    context: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """As in `Pairs`."""
+
+
 def roles_of(family: type) -> list[str]:
     """The completions a family holds: its fields annotated `Completions`, in order."""
     hints = typing.get_type_hints(family)
