@@ -13,17 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import by_definition
 
 from posttrain.registry import Objective
-from posttrain.stats import Completions, Labelled, Loss, Pairs
-
-_STATISTICS = {
-    "entropy": lambda lp, lq: -(lp.exp() * lp).sum(-1),
-    "forward_kl": lambda lp, lq: (lq.exp() * (lq - lp)).sum(-1),
-    "log_sum_p2": lambda lp, lq: (2 * lp).logsumexp(-1),
-    "max_logp": lambda lp, lq: lp.max(-1).values,
-}
-"""Statistics over the vocabulary from the log-softmax of both models, [..., V] -> [...]."""
+from posttrain.stats import Completions, Labelled, Loss, Pairs, Want
 
 _FOLDER = Path(__file__).parent / "goldens"
 
@@ -52,49 +45,24 @@ class Golden:
         """[2B, S - 1] int64: the token each position predicts; anything where the mask is False."""
         return torch.tensor(self.inputs["labels"])[:, 1:].clamp(min=0)
 
-    def logps(self, logits: torch.Tensor) -> torch.Tensor:
-        """[2B, S, V] -> [2B, S - 1] log-prob of the next token."""
-        return logits[:, :-1].log_softmax(-1).gather(-1, self.targets[..., None]).squeeze(-1)
-
-    def pairs(self, want: Sequence[str] = ()) -> Pairs:
-        """The statistics of the file, float64; differentiable to `policy_logits`. `want`: names of `_STATISTICS`."""
+    def pairs(self, want: Sequence[Want] = ()) -> Pairs:
+        """The statistics of the file, float64; differentiable to `policy_logits`."""
         if self.policy_logits is None:
             return Pairs(**{role: self._sequences(role) for role in ("chosen", "rejected")})
-        policy, reference = self.logps(self.policy_logits), self.logps(tensor(self.inputs["ref_logits"]))  # [2B, S - 1]
-        rows = self.policy_logits[:, :-1].log_softmax(-1), tensor(self.inputs["ref_logits"])[:, :-1].log_softmax(-1)
-        more = {name: _STATISTICS[name](*rows) for name in want}  # [2B, S - 1] each
-        half = len(policy) // 2
-        return Pairs(
-            **{
-                role: Completions(
-                    logps=policy[part][self.mask[part]],
-                    lengths=self.mask[part].sum(1),
-                    reference_logps=reference[part][self.mask[part]],
-                    more={name: values[part][self.mask[part]] for name, values in more.items()},
-                )
-                for role, part in (("chosen", slice(0, half)), ("rejected", slice(half, None)))
-            }
-        )
+        sides = (self.policy_logits, tensor(self.inputs["ref_logits"]), torch.tensor(self.inputs["labels"]))
+        half = len(self.policy_logits) // 2
+        chosen, rejected = (_completions(*(side[part] for side in sides), want) for part in (slice(half), slice(half, None)))
+        return Pairs(chosen=chosen, rejected=rejected)
 
-    def labelled(self) -> Labelled:
+    def labelled(self, want: Sequence[Want] = ()) -> Labelled:
         """The statistics of a file of labelled sequences, [B, S, V] logits each, with its mismatched ones."""
+        files = self.inputs
+        mismatched = tensor(files["KL_policy_logits"]), tensor(files["KL_ref_logits"]), torch.tensor(files["KL_labels"])
         return Labelled(
-            completion=self._side(self.policy_logits, self.inputs["ref_logits"], self.inputs["labels"]),
-            label=tensor(self.inputs["is_desirable"]),
-            mismatched=self._side(
-                tensor(self.inputs["KL_policy_logits"]), self.inputs["KL_ref_logits"], self.inputs["KL_labels"]
-            ),
+            completion=_completions(self.policy_logits, tensor(files["ref_logits"]), torch.tensor(files["labels"]), want),
+            label=tensor(files["is_desirable"]),
+            mismatched=_completions(*mismatched),
         )
-
-    @staticmethod
-    def _side(policy: torch.Tensor, reference: Any, labels: Any) -> Completions:
-        targets = torch.tensor(labels)[:, 1:]
-        mask = targets != -100
-
-        def logps(logits: torch.Tensor) -> torch.Tensor:
-            return logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)[mask]
-
-        return Completions(logps=logps(policy), lengths=mask.sum(1), reference_logps=logps(tensor(reference)))
 
     def _sequences(self, role: str) -> Completions:
         logps = tensor(self.inputs[f"policy_{role}_logps"])
@@ -126,6 +94,15 @@ class Golden:
             (gradient,) = torch.autograd.grad(loss.values.mean(), self.policy_logits)
             close(gradient, outputs["grad_policy_logits"], atol)
         return loss
+
+
+def _completions(policy: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, want: Sequence[Want] = ()) -> Completions:
+    """Statistics of B sequences from [B, S, V] logits and [B, S] labels."""
+    mask = labels[:, 1:] != -100
+    rows = policy[:, :-1][mask], reference[:, :-1][mask], labels[:, 1:][mask]  # [N, V], [N, V], [N]
+    more = by_definition(*rows, ["logp", "ref_logp", *want])
+    logps, reference_logps = more.pop("logp"), more.pop("ref_logp")
+    return Completions(logps=logps, lengths=mask.sum(1), reference_logps=reference_logps, more=more)
 
 
 def close(got: torch.Tensor, expected: Any, atol: float = 1e-9) -> None:

@@ -4,21 +4,69 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rows import by_definition
+from torch.overrides import TorchFunctionMode
 
-from posttrain.divergences import DIVERGENCES, FAMILIES
 from posttrain.mismatch import early_roles
 from posttrain.registry import Objective
-from posttrain.stats import Completions, Loss, columns_of, early_roles_of
+from posttrain.stats import Completions, Loss, Want, columns_of, early_roles_of
 from posttrain.stats import roles_of as roles
 
-MORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max_logp": lambda x: -x.abs(), "log_sum_p2": lambda x: -x.abs()}
-"""Name in `want` -> its range; every other statistic (entropies, divergences) is positive."""
+VOCABULARY = 7
 
 FRACTIONS = ("chosen_win", "rejected_win")
 """Columns of numbers between 0 and 1; every other column holds zeros and ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Completions):
+    """Completions and the random logits that all their statistics follow from."""
+
+    policy: torch.Tensor
+    """[N, V] logits, float64: a leaf with gradient."""
+
+    reference: torch.Tensor
+    """[N, V] logits, float64."""
+
+    targets: torch.Tensor
+    """[N] the tokens."""
+
+    want: Sequence[Want]
+    """What is in `more`."""
+
+    def replaced(self, **changes: Any) -> Drawn:
+        """The completions of other logits, targets or lengths."""
+        same = {name: getattr(self, name) for name in ("policy", "reference", "targets", "lengths", "want")}
+        return drawn(**{**same, **changes}, dtype=self.logps.dtype)
+
+
+def drawn(
+    *,
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    targets: torch.Tensor,
+    lengths: torch.Tensor,
+    want: Sequence[Want],
+    dtype: torch.dtype,
+) -> Drawn:
+    """The completions of these logits, their statistics by definition and then rounded to `dtype`."""
+    exact = by_definition(policy, reference, targets, ["logp", "ref_logp", *want])
+    more = {name: values.to(dtype) if values.is_floating_point() else values for name, values in exact.items()}
+    logps, reference_logps = more.pop("logp"), more.pop("ref_logp")
+    return Drawn(
+        logps=logps,
+        lengths=lengths,
+        reference_logps=reference_logps,
+        more=more,
+        policy=policy,
+        reference=reference,
+        targets=targets,
+        want=want,
+    )
 
 
 def random_statistics(
@@ -26,25 +74,23 @@ def random_statistics(
     *,
     seed: int = 0,
     rows: int = 4,
-    want: Sequence[str] = (),
+    want: Sequence[Want] = (),
     dtype: torch.dtype = torch.float64,
     early: bool = False,
 ) -> Any:
-    """Statistics of `rows` rows: completions of 1 to 5 tokens, columns of numbers; `logps` are leaves with gradient.
+    """Statistics of `rows` rows: completions of 1 to 5 tokens (`Drawn`), columns of numbers.
 
     With `early` those before a step: completions of the early roles alone.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def completions() -> Completions:
+    def completions() -> Drawn:
         lengths = torch.randint(1, 6, (rows,), generator=generator)
-        draw = lambda: torch.randn(int(lengths.sum()), generator=generator, dtype=torch.float64)  # noqa: E731
-        return Completions(
-            logps=(-2 + 0.7 * draw()).to(dtype).requires_grad_(),
-            lengths=lengths,
-            reference_logps=(-2 + 0.7 * draw()).to(dtype),
-            more={name: MORE.get(name, torch.abs)(draw()).to(dtype) for name in want},
-        )
+        n = int(lengths.sum())
+        logits = lambda: torch.randn(n, VOCABULARY, generator=generator, dtype=torch.float64)  # noqa: E731
+        targets = torch.randint(VOCABULARY, (n,), generator=generator)
+        policy, reference = logits().requires_grad_(), logits()
+        return drawn(policy=policy, reference=reference, targets=targets, lengths=lengths, want=want, dtype=dtype)
 
     def column(name: str) -> torch.Tensor:
         steps = 256 if name in FRACTIONS else 1
@@ -80,30 +126,22 @@ def each(statistics: Any, change: Callable[[Completions], Completions]) -> Any:
 
 
 def at_reference(statistics: Any) -> Any:
-    """The statistics where the policy equals the reference: equal log-probs, divergences between them 0."""
-
-    def equal(completions: Completions) -> Completions:
-        more = {
-            name: torch.zeros_like(values) if name.partition(":")[0] in {*DIVERGENCES, *FAMILIES} else values
-            for name, values in completions.more.items()
-        }
-        return dataclasses.replace(completions.at_reference(), more=more)
-
-    return each(statistics, equal)
+    """The statistics where the policy equals the reference."""
+    return each(statistics, lambda one: one.replaced(policy=one.reference.clone().requires_grad_()))
 
 
 def take(statistics: Any, order: Sequence[int]) -> Any:
-    """The rows `order` of the statistics, every tensor a new leaf."""
+    """The rows `order` of the statistics, their logits new leaves."""
 
-    def rows_of(completions: Completions) -> Completions:
-        ends = completions.lengths.cumsum(0).tolist()
+    def rows_of(one: Drawn) -> Drawn:
+        ends = one.lengths.cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         index = torch.tensor([t for row in order for t in range(starts[row], ends[row])])
-        return Completions(
-            logps=completions.logps.detach()[index].requires_grad_(),
-            lengths=completions.lengths[list(order)],
-            reference_logps=completions.reference_logps[index],
-            more={name: values[index] for name, values in completions.more.items()},
+        return one.replaced(
+            policy=one.policy.detach()[index].requires_grad_(),
+            reference=one.reference[index],
+            targets=one.targets[index],
+            lengths=one.lengths[list(order)],
         )
 
     family = type(statistics)
@@ -115,8 +153,35 @@ def take(statistics: Any, order: Sequence[int]) -> Any:
 
 
 def leaves(statistics: Any) -> list[torch.Tensor]:
-    """The policy log-probs of every role."""
-    return [getattr(statistics, role).logps for role in roles(type(statistics))]
+    """The policy's logits of every role."""
+    return [getattr(statistics, role).policy for role in roles(type(statistics))]
+
+
+class Held(TorchFunctionMode):
+    """What is detached is the same in every evaluation as in the first: a stop-gradient is a constant when differentiating.
+
+    Enter it anew for each evaluation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: list[torch.Tensor] | None = None
+        self._now: list[torch.Tensor] = []
+
+    def __enter__(self) -> Held:
+        self._now = []
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._first = self._first or self._now
+        super().__exit__(*error)
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.detach:
+            self._now.append(out)
+            out = out if self._first is None else self._first[len(self._now) - 1]
+        return out
 
 
 def terms(loss: Loss) -> list[Loss]:

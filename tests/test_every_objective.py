@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_statistics import at_reference, by_row, context_of, each, leaves, random_statistics, roles, take, terms
+from random_statistics import Held, at_reference, by_row, context_of, each, leaves, random_statistics, roles, take, terms
 
 from posttrain.registry import Objective, find, names
 from posttrain.schema import fields
@@ -45,7 +45,7 @@ def test_bfloat16_statistics_are_summed_in_float32(objective: Objective) -> None
     high = statistics_for(objective, dtype=torch.bfloat16)
 
     def widened(completions):
-        more = {name: values.double() for name, values in completions.more.items()}
+        more = {name: v.double() if v.is_floating_point() else v for name, v in completions.more.items()}
         logps, reference_logps = completions.logps.double(), completions.reference_logps.double()
         return dataclasses.replace(completions, logps=logps, reference_logps=reference_logps, more=more)
 
@@ -93,12 +93,14 @@ def test_a_row_alone_has_the_value_it_has_among_others(objective: Objective) -> 
 
 @every_objective
 def test_gradcheck(objective: Objective) -> None:
-    statistics = statistics_for(objective, rows=2)
+    """In the logits, through all statistics; what an objective detaches is a constant."""
+    statistics, held = statistics_for(objective, rows=2), Held()
 
-    def values(*logps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        moved = iter(logps)
-        changed = each(statistics, lambda completions: dataclasses.replace(completions, logps=next(moved)))
-        return tuple(term.values for term in terms(objective(objective.config(), changed)))
+    def values(*logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        moved = iter(logits)
+        changed = each(statistics, lambda one: one.replaced(policy=next(moved)))
+        with held:
+            return tuple(term.values for term in terms(objective(objective.config(), changed)))
 
     assert torch.autograd.gradcheck(values, leaves(statistics))
 

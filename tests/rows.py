@@ -1,0 +1,49 @@
+"""Any statistic an objective may want, by its definition, from the whole logits of both models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from posttrain.divergences import divergence
+from posttrain.stats import Rowwise, Sum, Top, Want
+
+
+def by_definition(policy: Tensor, reference: Tensor, targets: Tensor, want: Sequence[Want]) -> dict[str, Tensor]:
+    """Statistics of N tokens by name, differentiable to the logits of the policy.
+
+    Args:
+        policy, reference: [N, V] logits.
+        targets: [N] the tokens.
+    """
+    out: dict[str, Tensor] = {}
+    for entry in want:
+        temperature = 1.0 if isinstance(entry, str) else entry.temperature
+        lp, lq = ((logits / temperature).log_softmax(-1) for logits in (policy, reference))  # [N, V]
+        out |= _entry(entry, lp, lq, targets)
+    return out
+
+
+def _entry(entry: Want, lp: Tensor, lq: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    match entry:
+        case Sum():
+            return {entry.name: entry.summand(lp, lq).sum(-1)}
+        case Rowwise():
+            return {entry.name: entry.f(lp, lq, targets)}
+        case Top():
+            reference_logps, ids = lq.topk(min(entry.k, lq.shape[-1]))
+            return {"top_ids": ids, "top_reference_logps": reference_logps, "top_logps": lp.gather(-1, ids)}
+        case "logp":
+            return {entry: lp.gather(-1, targets[:, None]).squeeze(-1)}
+        case "ref_logp":
+            return {entry: lq.gather(-1, targets[:, None]).squeeze(-1)}
+        case "entropy":
+            return {entry: -(lp.exp() * lp).sum(-1)}
+        case "log_sum_p2":
+            return {entry: (2 * lp).logsumexp(-1)}
+        case "max_logp":
+            return {entry: lp.max(-1).values}
+        case "argmax":
+            return {entry: lp.argmax(-1)}
+    return {entry: divergence(entry).summand(lp, lq).sum(-1)}
