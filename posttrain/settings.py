@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator
 
-from .schema import STRICT, NonNegativeInt, Positive, PositiveInt
+from .schema import STRICT, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +158,34 @@ class DataConfig:
 
     num_proc: PositiveInt | None = None
     """Processes that tokenise; one when absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How completions are sampled. Log-probs that an engine returns are those of the distribution it samples from."""
+
+    max_new_tokens: PositiveInt = 256
+    """Tokens of a completion at most, its end token included."""
+
+    temperature: NonNegative = 1.0
+    """Logits are divided by it; 0 takes the likeliest token (its log-prob is then that at temperature 1)."""
+
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Sample among the likeliest tokens that hold this much probability; 1 is off."""
+
+    top_k: NonNegativeInt = 0
+    """Sample among that many likeliest tokens; 0 is off."""
+
+    min_p: Probability = 0.0
+    """Sample among the tokens at least this likely relative to the likeliest; 0 is off."""
+
+    seed: NonNegativeInt = 0
+    """Of the random numbers, from which each completion takes its own, whatever is sampled beside it."""
+
+    stop_at_eos: bool = True
+    """End a completion with its end token; otherwise each has max_new_tokens tokens."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are left out of the distribution."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)

@@ -40,7 +40,13 @@ LAYERS = [
 KERNEL_USERS = {"vocabulary", "reference", "models", "quickstart"}
 """The modules that may import posttrain_kernels."""
 
-HEAVY = {"vllm": {"engines.vllm"}, "deepspeed": {"reference"}, "triton": set(), "trl": set(), "gguf": {"quickstart"}}
+HEAVY = {
+    "vllm": {"engines.vllm"},
+    "deepspeed": {"reference", "engines.hf"},
+    "triton": set(),
+    "trl": set(),
+    "gguf": {"quickstart"},
+}
 """Optional package -> the modules that may import it, and only inside a function."""
 
 
