@@ -59,7 +59,7 @@ def sections(objective: registry.Objective) -> dict[str, list[Option]]:
         "model": options(ModelConfig, "model"),
         "data": options(DataConfig, "data"),
     }
-    if objective.reference:
+    if objective.reads_reference(objective.config()):
         found["reference"] = options(ReferenceConfig, "reference")
     return found
 
@@ -110,7 +110,7 @@ def show(name: str) -> str:
     except UserError:
         possible = [*registry.names(), "train"]
         raise UserError(f"nothing to show for {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}") from None
-    reads = "reads the reference" if objective.reference else "reads no reference"
+    reads = "reads the reference" if objective.reads_reference(objective.config()) else "reads no reference"
     parts = [objective.document, f"Data: {_sentence(objective.family)} {objective.name} {reads}.", "Settings:"]
     parts += [table(options(objective.config))]
     found = "\n".join(f"  {path}\n    {_first_comment(path)}" for path, its in recipes().items() if its == objective.name)

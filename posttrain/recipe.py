@@ -203,7 +203,7 @@ def _section(values: Mapping[str, Any], name: str, where: Any) -> dict[str, Any]
 
 
 def _refuse_contradictions(run: Run) -> None:
-    if not run.objective.reference and run.reference != ReferenceConfig():
+    if not run.objective.reads_reference(run.config) and run.reference != ReferenceConfig():
         raise UserError(f"reference: {run.objective.name} reads no reference; leave the section out")
     if run.reference.kind == "adapter" and run.model.peft is None:
         raise UserError("reference: kind = adapter needs an adapter to switch off: give model.peft, or use frozen or cached")

@@ -158,7 +158,7 @@ class CachedLogps:
 
 def reads_vocabulary(objective: Objective, config: Any) -> bool:
     """Whether an objective reads the reference over the whole vocabulary, for which cached log-probs do not do."""
-    return objective.reference and any(name not in ONE_HEAD for name in objective.want(config))
+    return objective.reads_reference(config) and any(name not in ONE_HEAD for name in objective.want(config))
 
 
 def fingerprint(name: str, model: nn.Module, dtype: str) -> str:

@@ -34,8 +34,8 @@ class Objective:
     family: type
     """The statistics it reads (the annotation of the second argument): `Pairs`, ..."""
 
-    reference: bool
-    """Whether it reads the reference's log-probs."""
+    reads_reference: Callable[[Any], bool]
+    """From the config, whether it reads the reference."""
 
     want: Callable[[Any], Sequence[Want]]
     """From the config, the per-token statistics it needs beyond log-probs."""
@@ -62,7 +62,7 @@ class Objective:
 
 def objective(
     *,
-    reference: bool,
+    reference: bool | Callable[[Any], bool],
     want: Sequence[Want] | Callable[[Any], Sequence[Want]] = (),
     start: float | Callable[[Any], float | None] | None = None,
     before: Callable[[Any, Any], Mapping[str, Any]] | None = None,
@@ -72,7 +72,7 @@ def objective(
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
 
     Args:
-        reference: whether it reads the reference's log-probs.
+        reference: whether it reads the reference, or a function from the config to that.
         want: per-token statistics beyond log-probs, or a function from the config to them.
         start: the loss where the policy equals the reference, if that is a number, or a function from the config to it.
         before: values whose global mean over the optimizer step the loss reads from the context.
@@ -96,7 +96,7 @@ def objective(
             function=function,
             config=config,
             family=family,
-            reference=reference,
+            reads_reference=reference if callable(reference) else lambda _config: reference,
             want=want if callable(want) else lambda _config: want,
             start=start if callable(start) else lambda _config: start,
             before=before,

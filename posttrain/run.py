@@ -144,7 +144,7 @@ def precompute(run: Run) -> int:
     Raises:
         UserError: as `prepare`, or an objective without reference.
     """
-    if not run.objective.reference:
+    if not run.objective.reads_reference(run.config):
         raise UserError(f"logps: {run.objective.name} reads no reference")
     quiet_libraries()
     run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))

@@ -47,7 +47,7 @@ class SelfCheck(TrainerCallback):
             layout, error = choose_layout(trainer.model, rows, trainer.roles, trainer.layout, trainer.impl)
             trainer.data_collator.layout = layout
             self.report = {"layout": layout, "log-probs": f"within {error:.1e} nats of the model's own logits"}
-            if state.global_step == 0 and trainer.objective.reference:
+            if state.global_step == 0 and trainer.reads_reference:
                 with torch.no_grad(), evaluating(trainer.model):
                     self._start(rows[:2])
         log.info("self-check passed: %s", ", ".join(f"{name} {value}" for name, value in self.report.items()))

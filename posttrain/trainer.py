@@ -62,6 +62,7 @@ class Trainer(transformers.Trainer):
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
         self.early_roles = list(early_roles(objective))
         self.want = ("logp", *objective.want(config))
+        self.reads_reference = objective.reads_reference(config)
         self.needs_reference_head = reads_vocabulary(objective, config)
         assert not (self.needs_reference_head and isinstance(reference, CachedLogps)), "references.kind_of refuses this"
         if args.n_gpu > 1:
@@ -121,7 +122,7 @@ class Trainer(transformers.Trainer):
         sizes = [int(n.sum()) for n in lengths]
         parts = {name: values.split(sizes) for name, values in answer.items()}
         logps = parts.pop("logp")
-        if not self.objective.reference or reference_logps is None:
+        if not self.reads_reference or reference_logps is None:
             reference = [None] * len(sizes)
         else:
             reference = reference_logps.detach().split(sizes)
@@ -194,7 +195,7 @@ class Trainer(transformers.Trainer):
         for role, one in completions.items():
             logged[f"logps/{role}"] = one.logp.detach()
             logged[f"length/{role}"] = one.lengths.float()
-        if self.objective.reference:
+        if self.reads_reference:
             d = torch.cat([one.logratios.detach() for one in completions.values()])
             logged["kl"] = torch.expm1(-d) + d
         return logged

@@ -128,7 +128,7 @@ def test_reads_the_reference_iff_declared(objective: Objective) -> None:
     without = each(statistics, lambda role: dataclasses.replace(role, reference_logps=None))
     others = [term.values for term in terms(objective(config, moved))]
     same = all(torch.equal(one, other) for one, other in zip(values, others, strict=True))
-    if objective.reference:
+    if objective.reads_reference(config):
         assert not same
         with pytest.raises(AssertionError, match="does not declare reference=True"):
             objective(config, without)

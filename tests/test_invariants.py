@@ -87,10 +87,16 @@ def test_resumed(name: str, tmp_path: Path) -> None:
     assert torch.equal(resumed.parameters, whole.parameters)
 
 
+def reads_reference(name: str) -> bool:
+    """Whether an objective reads the reference, with its default settings."""
+    objective = objective_named(name)
+    return objective.reads_reference(objective.config())
+
+
 def cacheable(name: str) -> bool:
     """Whether log-probs of the reference are all that an objective reads of it."""
     objective = objective_named(name)
-    return objective.reference and not reads_vocabulary(objective, objective.config())
+    return reads_reference(name) and not reads_vocabulary(objective, objective.config())
 
 
 @every_objective
@@ -106,7 +112,7 @@ def test_reference_of_an_adapter(name: str, usual: Callable[..., Trajectory], tm
 
     An adapter starts as the base, so at first every pair is a tie, which the rounding of cached log-probs decides.
     """
-    if not objective_named(name).reference:
+    if not reads_reference(name):
         pytest.skip("reads no reference")
     same(train(name, tmp_path, peft=True, reference="adapter"), usual(name, peft=True))
     if cacheable(name):

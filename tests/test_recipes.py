@@ -76,7 +76,7 @@ def test_a_recipe_trains(path: Path, model: Path, tmp_path: Path) -> None:
         "train.per_device_train_batch_size=2",
         "train.gradient_accumulation_steps=2",
     ]
-    if written.objective.reference:
+    if written.objective.reads_reference(written.config):
         changes += [f"reference.cache={tmp_path / 'cache'}"]
     if written.data.eval is not None:
         changes += [f"data.eval.name={rows(written, tmp_path / 'eval.jsonl', 8)}", "data.eval.split=null"]

@@ -35,18 +35,20 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_learns_from_annotations_and_docstring() -> None:
     assert objective(reference=False, want=["entropy"], start=2.0)(probe) is probe
     got = find("probe")
-    assert (got.name, got.config, got.family, got.reference) == ("probe", ProbeConfig, Pairs, False)
+    assert (got.name, got.config, got.family) == ("probe", ProbeConfig, Pairs)
+    assert not got.reads_reference(ProbeConfig())
     assert list(got.want(ProbeConfig())) == ["entropy"] and got.start(ProbeConfig()) == 2.0
     assert got.document == sys.modules[__name__].__doc__
 
 
-def test_want_and_start_may_depend_on_the_settings() -> None:
+def test_want_start_and_reference_may_depend_on_the_settings() -> None:
     def want(config: ProbeConfig) -> list[str]:
         return ["entropy"] if config.entropy else []
 
-    objective(reference=True, want=want, start=lambda config: 1.0 if config.entropy else None)(probe)
+    objective(reference=lambda config: config.entropy, want=want, start=lambda config: 1.0 if config.entropy else None)(probe)
     got = find("probe")
     assert [list(got.want(ProbeConfig(entropy=flag))) for flag in (False, True)] == [[], ["entropy"]]
+    assert [got.reads_reference(ProbeConfig(entropy=flag)) for flag in (False, True)] == [False, True]
     assert [got.start(ProbeConfig(entropy=flag)) for flag in (False, True)] == [None, 1.0]
 
 

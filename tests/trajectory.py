@@ -51,7 +51,7 @@ PROBE = Objective(
     function=_probe,
     config=ProbeConfig,
     family=Pairs,
-    reference=True,
+    reads_reference=lambda _config: True,
     want=lambda _config: (),
     start=lambda _config: None,
     before=None,
@@ -115,7 +115,7 @@ def _policy(peft: bool) -> torch.nn.Module:
 
 def _reference(kind: str, objective: Objective, folder: Path, peft: bool) -> FrozenModel | AdapterOff | CachedLogps | None:
     """A reference other than the policy where the policy is trained in full, so that the first step tells something."""
-    if not objective.reference:
+    if not objective.reads_reference(objective.config()):
         return None
     if kind == "adapter":
         return AdapterOff()
