@@ -10,10 +10,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .schema import UserError, suggest
-from .stats import Want
+
+if TYPE_CHECKING:
+    from .stats import Want
 
 OBJECTIVES: dict[str, Objective] = {}
 
