@@ -178,8 +178,10 @@ def test_settings_are_frozen_described_and_have_defaults(objective: Objective) -
 
 
 @every_objective
-def test_has_a_recipe_and_a_test(objective: Objective) -> None:
-    assert list((ROOT / "recipes" / objective.name).glob("*.yaml"))
+def test_has_recipes_and_a_test(objective: Objective) -> None:
+    recipes = {path.name for path in (ROOT / "recipes" / objective.name).glob("*.yaml")}
+    assert "local.yaml" in recipes, "no recipe for a small model and a file"
+    assert len(recipes) > 1, "no recipe of a real run"
     assert (ROOT / "tests" / "objectives" / f"test_{objective.name}.py").exists()
 
 
