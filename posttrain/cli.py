@@ -171,10 +171,17 @@ def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> 
 
 @main.command()
 @click.argument("name", required=False)
-def show(name: str | None) -> None:
+@click.option("--table", metavar="FILE", type=Path, help="Bring the table of methods in a file up to date (README.md).")
+def show(name: str | None, table: Path | None) -> None:
     """List the objectives, or show one: equation, source, settings, recipes. `show train`: the trainer's arguments."""
     if name != "train":
         _lazy_torch()
+    if table is not None:
+        if name is not None:
+            raise UserError(f"show: --table is of all methods, not of {name!r}")
+        from . import methods
+
+        return methods.write(table)
     from . import docs
 
     click.echo(docs.show(name) if name else docs.show_list())

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "posttrain"
 
 LAYERS = [
     {"__main__", "quickstart"},
-    {"cli", "docs"},
+    {"cli", "docs", "methods"},
     {"run", "check"},
     {"card", "records", "console", "memory", "references"},
     {"online"},
