@@ -62,7 +62,7 @@ def _needs(objective: registry.Objective) -> str:
     """What an objective with default settings takes beyond the policy's log-probs of pairs."""
     columns = [f"`{name}`" for name in columns_of(objective.family)]
     wanted = [f"`{_statistic(one)}`" for one in objective.want(objective.config())]
-    needs = ["reference"] if objective.reference else []
+    needs = ["reference"] if objective.reads_reference(objective.config()) else []
     needs += [f"over the vocabulary: {', '.join(wanted)}"] if wanted else []
     needs += [f"column {', '.join(columns)}"] if columns else []
     needs += ["a pass before each step"] if objective.before is not None else []
