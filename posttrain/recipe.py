@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from . import arguments
 from .registry import Objective, find
 from .schema import UserError, parse, suggest
 from .settings import DataConfig, ModelConfig, ReferenceConfig
+from .written import merge, read, section, split, whence
 
 Layout = Literal["auto", "tree", "separate"]
 
@@ -81,64 +80,32 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
     Raises:
         UserError: whatever is wrong with it, in one line.
     """
-    written = _read(recipe)
-    changes = [_split(override) for override in overrides]
+    written = read(recipe, SECTIONS, SHORT)
+    changes = [split(override) for override in overrides]
     _import(written, changes)
     method = find(_objective_name(objective, written, changes, recipe))
     keys = {_full_key(key, method): value for key, value in changes}
-    values = _merge(written, keys)
+    values = merge(written, keys)
     values.setdefault("objective", {})["name"] = method.name
 
-    def where(section: str) -> str:
-        from_recipe = recipe is not None and not any(key.split(".")[0] == section for key in keys)
-        return f"{recipe}: {section}" if from_recipe and section in written else section
-
-    config = {key: value for key, value in _section(values, "objective", where).items() if key != "name"}
+    where = whence(recipe, written, keys)
+    config = {key: value for key, value in section(values, "objective", where, SHORT).items() if key != "name"}
     if "layout" in values and values["layout"] not in get_args(Layout):
         raise UserError(f"{where('layout')} = {values['layout']!r}; possible: {', '.join(get_args(Layout))}")
-    model = parse(ModelConfig, _section(values, "model", where), where("model"))
-    data = parse(DataConfig, _section(values, "data", where), where("data"))
+    model = parse(ModelConfig, section(values, "model", where, SHORT), where("model"))
+    data = parse(DataConfig, section(values, "data", where, SHORT), where("data"))
     run = Run(
         objective=method,
         config=parse(method.config, config, where("objective")),
         model=model,
         data=data,
-        reference=parse(ReferenceConfig, _section(values, "reference", where), where("reference")),
+        reference=parse(ReferenceConfig, section(values, "reference", where, SHORT), where("reference")),
         layout=values.get("layout", "auto"),
-        train=arguments.parse_train(_section(values, "train", where), where("train")),
+        train=arguments.parse_train(section(values, "train", where, SHORT), where("train")),
         imports=tuple(values.get("imports") or ()),
     )
     _refuse_contradictions(run)
     return dataclasses.replace(run, train=_with_defaults(run))
-
-
-def _read(recipe: str | Path | None) -> dict[str, Any]:
-    if recipe is None:
-        return {}
-    path = Path(recipe)
-    if not path.is_file():
-        raise UserError(f"recipe {recipe} does not exist")
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{recipe}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
-    for key in values:
-        if key not in SECTIONS:
-            raise UserError(f"{recipe}: unknown key {key!r}{suggest(str(key), list(SECTIONS))} Possible: {', '.join(SECTIONS)}")
-    return {key: _spelled_out(key, value) for key, value in values.items() if value is not None}
-
-
-def _spelled_out(section: str, value: Any) -> Any:
-    return {SHORT[section]: value} if section in SHORT and not isinstance(value, dict) else value
-
-
-def _split(override: str) -> tuple[str, str]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is neither a recipe file nor key=value")
-    return key, value
 
 
 def _import(written: Mapping[str, Any], changes: Sequence[tuple[str, str]]) -> None:
@@ -180,26 +147,6 @@ def _full_key(key: str, method: Objective) -> str:
     near = suggest(key, list(SECTIONS)) if near == "." else near
     possible = ", ".join([*settings, *SECTIONS])
     raise UserError(f"unknown setting {key!r}{near} Possible: {possible} (posttrain {method.name} --help)")
-
-
-def _merge(written: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
-    merged = OmegaConf.create(dict(written))
-    for key, value in changes.items():
-        try:
-            merged.merge_with_dotlist([f"{key}={value}"])
-        except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{key} = {value!r}: {' '.join(str(error).split())}") from None
-    try:
-        return OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(" ".join(str(error).split())) from None
-
-
-def _section(values: Mapping[str, Any], name: str, where: Any) -> dict[str, Any]:
-    section = _spelled_out(name, values.get(name) if values.get(name) is not None else {})
-    if not isinstance(section, dict):
-        raise UserError(f"{where(name)} = {section!r}: a mapping is expected")
-    return section
 
 
 def _refuse_contradictions(run: Run) -> None:

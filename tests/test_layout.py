@@ -31,7 +31,7 @@ LAYERS = [
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
     {"trees", "meter", "mismatch", "recipe", "context", "vocabulary"},
-    {"objectives", "settings", "shipped", "arguments"},
+    {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "advantages"},
     {"stats", "registry", "schema"},
 ]
