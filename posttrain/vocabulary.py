@@ -51,7 +51,10 @@ def _entry(want: Want) -> kernels.Want:
             return kernels.Separable(want.name, want.summand, want.slope)
         case Rowwise():
             return kernels.Rowwise(want.name, want.f)
-    return want if want in KERNEL_STATISTICS else kernels.Separable(want, divergence(want).summand)
+    if want in KERNEL_STATISTICS:
+        return want
+    entry = divergence(want)
+    return kernels.Separable(want, entry.summand, entry.slope)
 
 
 def _temperature(want: Want) -> float:

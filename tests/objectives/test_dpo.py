@@ -16,7 +16,10 @@ from posttrain.stats import Completions, Pairs
 
 DPO = find("dpo")
 
-LINKED = [*(name for name, entry in DIVERGENCES.items() if entry.link), *(f"{name}:0.3" for name in FAMILIES)]
+LINKED = [
+    *(name for name, entry in DIVERGENCES.items() if entry.link),
+    *(f"{name}:0.3" for name, of in FAMILIES.items() if of(0.3).link),
+]
 
 
 def pairs(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch.float64) -> Pairs:
