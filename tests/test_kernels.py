@@ -7,61 +7,27 @@ import math
 
 import pytest
 import torch
-from heads import N, V, cast, ids, normal, policy, reference, values_and_gradients
+from heads import (
+    DIVERGENCES,
+    EVERYTHING,
+    OPTIONS,
+    TINY,
+    N,
+    V,
+    assert_equal_to_dense,
+    cast,
+    ids,
+    normal,
+    peak_bytes,
+    policy,
+    reference,
+    stats_and_gradients,
+    values_and_gradients,
+)
 from posttrain_kernels import KLS, ONE_HEAD, Head, Separable, head_stats
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from posttrain.divergences import divergence
-
-DIVERGENCES = ["forward_kl", "reverse_kl", *(Separable(d, divergence(d).summand) for d in ("js", "alpha:0.3", "jeffreys"))]
-EVERYTHING = [*ONE_HEAD, "ref_logp", *DIVERGENCES]
-TINY = 1
-"""A workspace that makes every tile and block as small as they get: 64 items, 32 tokens."""
-
-
-def assert_equal_to_dense(
-    head: Head, want: list, dtype: torch.dtype, *, workspace: int | None = None, ref: Head, **needs
-) -> None:
-    arguments = {
-        "target": ids(head.x.shape[0], min(head.size, ref.size)),
-        "index": ids(head.x.shape[0], head.size, k=4, seed=9),
-    }
-    exact, leaves = cast(head, torch.float64, **needs)
-    truth, slopes = values_and_gradients(exact, leaves, want, impl="dense", ref=ref, **arguments)
-    ours, leaves = cast(head, dtype, **needs)
-    got, gradients = values_and_gradients(
-        ours, leaves, want, impl="chunked", ref=cast(ref, dtype)[0], workspace=workspace, **arguments
-    )
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    assert list(got) == list(truth)
-    for name, value in got.items():
-        assert value.dtype == (torch.int64 if name == "argmax" else dtype)
-        torch.testing.assert_close(value.double(), truth[name].double(), rtol=tolerance, atol=tolerance)
-    for gradient, slope, leaf in zip(gradients, slopes, leaves, strict=True):
-        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
-        assert (gradient - slope).norm() <= tolerance * slope.norm()
-
-
-OPTIONS = {
-    "plain": {},
-    "bias of -inf": {"bias": True},
-    "soft-cap": {"softcap": 3.0},
-    "scale": {"scale": 0.3},
-    "temperature": {"temperature": 0.7},
-    "temperature of one number": {"temperature": torch.tensor(1.7)},
-    "temperature per token": {"temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)},
-    "extra terms": {"extra": True},
-    "logical vocabulary": {"vocab": 650},
-    "all": {
-        "extra": True,
-        "bias": True,
-        "softcap": 4.0,
-        "scale": 0.6,
-        "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64),
-        "vocab": 690,
-    },
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -230,26 +196,11 @@ def test_a_token_has_the_same_bits_in_any_batch_and_schedule(dtype: torch.dtype)
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def peak_bytes(n: int, v: int, want: list, workspace: int, *, frozen: bool) -> int:
-    """High water of what is allocated in forward and backward, results (dx, dW) included."""
-    head, leaves = cast(policy(n=n, v=v, h=16), torch.float32, weight=not frozen)
-    ref = cast(reference(n, v), torch.float32, x=False, weight=False)[0]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        out = head_stats(head, want, target=ids(n), ref=ref, workspace=workspace)
-        torch.autograd.grad(sum(value.sum() for value in out.values()), leaves)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
-
-
 @pytest.mark.parametrize("want", [["logp"], ["logp", "entropy", "reverse_kl"]], ids="+".join)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_is_the_workspace_whatever_the_number_of_tokens(want: list, frozen: bool) -> None:
     v, workspace = 10_000, 4 << 20
-    peaks = {n: peak_bytes(n, v, want, workspace, frozen=frozen) for n in (1024, 2048)}
+    peaks = {n: peak_bytes(stats_and_gradients(n, v, want, workspace, frozen=frozen)) for n in (1024, 2048)}
     weight, two = 0 if frozen else 4 * v * 16, len(want) > 1
     for n, peak in peaks.items():
         results = weight + 4 * 16 * n * (2 if frozen else 1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .chunked import chunked_stats
 from .dense import dense_stats
-from .head import FLOOR, KLS, ONE_HEAD, TWO_HEADS, Head, Separable, Want, check
+from .head import FLOOR, KLS, ONE_HEAD, TWO_HEADS, Head, Rowwise, Separable, Want, check
 
-__all__ = ["FLOOR", "KLS", "ONE_HEAD", "TWO_HEADS", "Head", "Separable", "head_stats"]
+__all__ = ["FLOOR", "KLS", "ONE_HEAD", "TWO_HEADS", "Head", "Rowwise", "Separable", "head_stats"]
 
 
 def head_stats(
@@ -27,6 +27,7 @@ def head_stats(
     ref: Head | None = None,
     workspace: int | None = None,
     impl: Literal["auto", "dense", "chunked"] = "auto",
+    eager: str | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of softmax(logits of `head`), per token.
 
@@ -35,12 +36,16 @@ def head_stats(
         want: what to compute. Of the policy alone: `logp` (at target), `lse` (log sum exp of the logits), `entropy`,
             `log_sum_p2` (log sum_v p_v^2), `max_logp`, `argmax` (int64), `gather` (log-probs at index). With `ref`:
             `ref_logp` (at target), `forward_kl` = KL(ref || policy), `reverse_kl` = KL(policy || ref), or any `Separable`.
-            Divergences run over the vocabulary both heads have, each renormalised there; the others over a head's own.
+            With or without `ref`: any `Rowwise`. Statistics of two heads run over the vocabulary that both have, each
+            renormalised there (`ref_logp` excepted); the others over the head's own.
         target: [N] int64 ids.
         index: [N, K] int64 ids.
         ref: the second head (reference, teacher): any hidden size, no gradient.
         workspace: bytes of temporary memory to aim at; never grows with N.
         impl: `chunked`, `dense` (the definition: materialises [N, V]), or `auto`.
+        eager: name of the one wanted statistic whose upstream gradient will be the same number for every token, as under a
+            mean over tokens. Its gradients are then taken in the forward, which saves a product with each head, at the price of
+            holding dW from the forward on. If the numbers differ after all, the gradient is still exact and nothing is saved.
 
     Returns:
         By name, [N] (gather: [N, K]) float32 tensors, float64 for float64 inputs; all differentiable but argmax and ref_logp.
@@ -48,7 +53,7 @@ def head_stats(
     Raises:
         ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary.
     """
-    check(head, want, target, index, ref)
+    check(head, want, target, index, ref, eager)
     if impl == "dense":
         return dense_stats(head, want, target=target, index=index, ref=ref)
-    return chunked_stats(head, want, target=target, index=index, ref=ref, workspace=workspace)
+    return chunked_stats(head, want, target=target, index=index, ref=ref, workspace=workspace, eager=eager)

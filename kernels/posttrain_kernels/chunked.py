@@ -1,13 +1,14 @@
 """The statistics without an [N, V] tensor: one autograd function over blocks of tokens and tiles of the vocabulary.
 
 Forward: for each tile of the vocabulary and block of tokens, project and fold (fold.py). What needs both normalisers first
-(divergences) or a gradient in the forward keeps the logits of one block of tokens and goes over them again.
+(divergences), whole rows, or a gradient in the forward keeps the logits of one block of tokens and goes over them again.
 
-Backward, two schedules:
-    deferred    project again; vocabulary outermost, so each tile of dW is summed over all tokens and written once, in the
-                dtype of the parameter.
+Backward, three schedules:
+    deferred    project again (backward.py).
     row-scale   frozen head: d(sum_n u_n S_n)/dx_n = u_n g_n with g_n = (dS_n/dz) W known in the forward; the backward scales
-                rows. For one statistic (logp if wanted); gradients of the others are deferred.
+                rows. For one statistic (the eager one, else logp if wanted); gradients of the others are deferred.
+    eager       trained head, one statistic whose u_n the caller expects to be equal: the forward has taken all its gradients
+                for u = 1, the backward scales them; deferred if the u_n differ after all.
 
 Every projection of a forward has the same shape but for a shorter last block of tokens, padded to a multiple of `pad`, so a
 token's logits have the same bits in any batch.
@@ -22,21 +23,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .backward import backward_pass
 from .fold import State
-from .head import KLS, Head, Separable, Want, name_of
-from .passes import Result, Sizes, Task, backward_pass, forward_pass
+from .forward import forward_pass
+from .head import CONSTANT, KLS, Head, Rowwise, Separable, Want, name_of
+from .task import Gradients, Need, Result, Sizes, Task
 
 _CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "chunk": 2048}
 _OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 4096, "chunk": 32768}
 """Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, most tokens of a fold and
 of a backward chunk. Measured on a CPU (larger ones are no faster); the others are estimates for a GPU."""
 
-_CONSTANT = ("argmax", "ref_logp")
-"""Statistics without a gradient."""
 
+def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) -> Sizes:
+    """How the loops are cut for a head.
 
-def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
-    """How the loops are cut for a head; `temporaries` is the number of tiles a gradient needs at once."""
+    Args:
+        temporaries: the number of tiles a gradient needs at once.
+        whole: the number of whole rows that a Rowwise needs at once for each token; 0 without one.
+    """
     default = _CPU if head.x.device.type == "cpu" else _OTHER
     if workspace is None:
         workspace = default["workspace"]
@@ -51,7 +56,8 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int) -> Sizes:
     block = tokens(8 * items, default["block"]) // rows * rows
     kept = tokens(head.size + 8 * items, default["block"])
     kept = kept // rows * rows or kept
-    return Sizes(rows, pad, items, block, kept, chunk=tokens(temporaries * items, default["chunk"]))
+    chunk = tokens(temporaries * items, default["chunk"])
+    return Sizes(rows, pad, items, block, kept, chunk, whole=max(workspace // (max(whole, 1) * head.size * itemsize), 1))
 
 
 @dataclass(frozen=True)
@@ -63,20 +69,19 @@ class _Plan:
     heads: tuple[tuple[float, float | None, float, int, int], ...]
     """(scale, softcap, temperature if a number, vocab, number of tensors) of the head and, if it is read, the ref."""
 
-    needs: tuple[bool, ...]
-    """Which of the head's tensors (bias, temperature, x, weight, x_1, W_1, ...) want a gradient."""
+    need: Need
+    eager: str | None
 
     @property
     def names(self) -> list[str]:
         return [name_of(entry) for entry in self.want]
 
     @property
-    def row_scale(self) -> str | None:
-        """The statistic whose gradient is taken in the forward: None unless the head is frozen and its input is not."""
-        bias, _, *terms = self.needs
-        if bias or any(terms[1::2]) or not any(terms):
-            return None
-        names = [name for name in self.names if name not in (*_CONSTANT, "gather")]
+    def unit(self) -> str | None:
+        """The statistic whose gradient is taken in the forward."""
+        if self.eager or self.need.head:
+            return self.eager
+        names = [name for name in self.names if name not in (*CONSTANT, "gather")]
         return "logp" if "logp" in names else next(iter(names), None)
 
     def task(self, tensors: Sequence[Tensor | None]) -> Task:
@@ -89,8 +94,9 @@ class _Plan:
             heads.append(Head(x, weight, pairs, bias, scale, softcap, temperature, vocab))
             at += count
         divergences = {name_of(e): e if isinstance(e, Separable) else KLS[e] for e in self.want if _is_divergence(e)}
+        rowwise = {entry.name: entry for entry in self.want if isinstance(entry, Rowwise)}
         ref = heads[1] if len(heads) > 1 else None
-        return Task(heads[0], ref, tensors[0], tensors[1], self.names, divergences, self.sizes)
+        return Task(heads[0], ref, tensors[0], tensors[1], self.names, divergences, rowwise, self.sizes)
 
     def read(self, result: Result) -> list[Tensor]:
         """The wanted statistics in order."""
@@ -103,29 +109,37 @@ def _is_divergence(entry: Want) -> bool:
 
 
 def chunked_stats(
-    head: Head, want: Sequence[Want], *, target: Tensor | None, index: Tensor | None, ref: Head | None, workspace: int | None
+    head: Head,
+    want: Sequence[Want],
+    *,
+    target: Tensor | None,
+    index: Tensor | None,
+    ref: Head | None,
+    workspace: int | None,
+    eager: str | None,
 ) -> dict[str, Tensor]:
     """`head_stats` without an [N, V] tensor."""
     names = [name_of(entry) for entry in want]
-    heads = [head, ref] if any(_is_divergence(entry) or entry == "ref_logp" for entry in want) else [head]
+    rowwise = [entry for entry in want if isinstance(entry, Rowwise)]
+    both = ref is not None and (rowwise or any(_is_divergence(entry) or entry == "ref_logp" for entry in want))
     tensors, options = [], []
-    for one in heads:
-        temperature = one.temperature if isinstance(one.temperature, Tensor) else None
-        number = one.temperature if temperature is None else 1.0
-        flat = [one.bias, temperature, *(tensor for term in one.terms for tensor in term)]
+    for one in [head, ref] if both else [head]:
+        number = 1.0 if isinstance(one.temperature, Tensor) else one.temperature
+        flat = _tensors(one)
         tensors += flat
         options.append((one.scale, one.softcap, number, one.size, len(flat)))
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[: options[0][4]])
-    single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *_CONSTANT}
-    sizes = sizes_of(head, workspace, 1 if single else 8)
-    plan = _Plan(tuple(want), sizes, tuple(options), needs)
-    read_target = target if "logp" in names or "ref_logp" in names else None
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[: options[0][4]]]
+    need = Need(x=wanted[2::2], weight=wanted[3::2], bias=wanted[0])
+    single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *CONSTANT}
+    sizes = sizes_of(head, workspace, 1 if single else 8, max((entry.temporaries for entry in rowwise), default=0))
+    plan = _Plan(tuple(want), sizes, tuple(options), need, eager)
+    read_target = target if "logp" in names or "ref_logp" in names or rowwise else None
     inputs = [read_target, index if "gather" in names else None, *tensors]
-    if any(needs):
+    if need.head or any(need.x):
         values = _Statistics.apply(plan, *inputs)
     else:
         with torch.no_grad():
-            values = plan.read(forward_pass(plan.task(inputs), row_scale=None, grad=False))
+            values = plan.read(forward_pass(plan.task(inputs), unit=None, need=None))
     return dict(zip(names, values, strict=True))
 
 
@@ -134,13 +148,13 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, plan: _Plan, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        result = forward_pass(plan.task(inputs), row_scale=plan.row_scale, grad=True)
+        result = forward_pass(plan.task(inputs), unit=plan.unit, need=plan.need)
         outputs = plan.read(result)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(v for name, v in zip(plan.names, outputs, strict=True) if name in _CONSTANT))
-        ctx.plan, ctx.sums, ctx.inputs = plan, tuple(result.sums), len(inputs)
+        ctx.mark_non_differentiable(*(v for name, v in zip(plan.names, outputs, strict=True) if name in CONSTANT))
+        ctx.plan, ctx.sums, ctx.inputs, ctx.unit = plan, tuple(result.sums), len(inputs), result.unit
         # The inputs are saved as they came: a parameter whose data is swapped between the passes (ZeRO-3) is read anew.
-        ctx.save_for_backward(*inputs, *result.state.tensors(), result.reference, *result.sums.values(), *result.gradients)
+        ctx.save_for_backward(*inputs, *result.state.tensors(), result.reference, *result.sums.values())
         return tuple(outputs)
 
     @staticmethod
@@ -150,17 +164,46 @@ class _Statistics(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         task = plan.task([next(saved) for _ in range(ctx.inputs)])
         state = State(*(next(saved) for _ in fields(State)))
-        result = Result(state, next(saved), {}, {name: next(saved) for name in ctx.sums}, list(saved))
+        result = Result(state, next(saved), {}, {name: next(saved) for name in ctx.sums}, None)
         upstream = {name: grad for name, grad in zip(plan.names, grads, strict=True) if grad is not None}
-        need_bias, _, *terms = plan.needs
-        need_x, need_weight = terms[::2], terms[1::2]
-        scale = upstream.pop(plan.row_scale) if result.gradients and plan.row_scale in upstream else None
-        out = backward_pass(task, result, upstream, need_x, need_weight, need_bias)
-        if scale is not None:
-            for total, unit in zip(out.x, result.gradients, strict=True):
-                if total is not None:
-                    total.addcmul_(unit, scale[:, None])
-        dx = [None if d is None else d.to(x.dtype) for d, (x, _) in zip(out.x, task.head.terms, strict=True)]
-        pairs = [gradient for pair in zip(dx, out.weight, strict=True) for gradient in pair]
-        rest = [None] * (ctx.inputs - 4 - len(pairs))
-        return (None, None, None, out.bias, None, *pairs, *rest)
+        ready = _scaled_unit(ctx, upstream.get(plan.unit))
+        if ready is not None:
+            del upstream[plan.unit]
+        out = backward_pass(task, result, upstream, plan.need) if upstream or ready is None else None
+        out = _sum(out, ready)
+        terms = [tensor for term in zip(out.x, out.weight, strict=True) for tensor in term]
+        found = [out.bias, None, *terms]
+        found = [None if d is None else d.to(like.dtype) for d, like in zip(found, _tensors(task.head), strict=True)]
+        return (None, None, None, *found, *[None] * (ctx.inputs - 2 - len(found)))
+
+
+def _tensors(head: Head) -> list[Tensor | None]:
+    """The tensors of a head in the order in which they are passed."""
+    temperature = head.temperature if isinstance(head.temperature, Tensor) else None
+    return [head.bias, temperature, *(tensor for term in head.terms for tensor in term)]
+
+
+def _scaled_unit(ctx: FunctionCtx, upstream: Tensor | None) -> Gradients | None:
+    """The gradients that the forward took, times `upstream`; None if there are none, or not for such an upstream."""
+    unit: Gradients | None = ctx.unit
+    if unit is None or upstream is None:
+        return None
+    if not ctx.plan.need.head:
+        return Gradients([None if dx is None else dx * upstream[:, None] for dx in unit.x], unit.weight, None)
+    if len(upstream) and upstream.stride(0) and not (upstream == upstream[0]).all():
+        return None
+    ctx.unit = None  # handed over rather than copied: dW is large. A second backward of the same graph is deferred.
+    for total in (*unit.x, *unit.weight, unit.bias):
+        if total is not None and len(upstream):
+            total.mul_(upstream[0])
+    return unit
+
+
+def _sum(a: Gradients | None, b: Gradients | None) -> Gradients:
+    """The sum of two, of which one may be missing; overwrites b."""
+    if a is None or b is None:
+        return a or b
+    for total, more in zip((*b.x, *b.weight, b.bias), (*a.x, *a.weight, a.bias), strict=True):
+        if total is not None:
+            total.add_(more)
+    return b

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .head import FLOOR, KLS, Head, Separable, Want, common
+from .head import FLOOR, KLS, Head, Rowwise, Separable, Want, common
 
 
 def logits(head: Head, size: int) -> Tensor:
@@ -52,11 +52,19 @@ def dense_stats(
             case "ref_logp":
                 with torch.no_grad():
                     out[entry] = logits(ref, ref.size).log_softmax(-1).gather(1, target[:, None]).squeeze(1).to(lp.dtype)
+            case Rowwise():
+                out[entry.name] = entry(*_both(z, ref, head), target)
             case _:
                 divergence = entry if isinstance(entry, Separable) else KLS[entry]
-                size = common(head, ref)
-                with torch.no_grad():
-                    lq = logits(ref, size).log_softmax(-1).clamp(min=FLOOR).to(lp.dtype)
-                common_lp = z[:, :size].log_softmax(-1).clamp(min=FLOOR)
-                out[divergence.name] = divergence.f(common_lp, lq).sum(-1)
+                out[divergence.name] = divergence.f(*_both(z, ref, head)).sum(-1)
     return out
+
+
+def _both(z: Tensor, ref: Head | None, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of both heads over the common vocabulary; of the head alone without a ref."""
+    if ref is None:
+        return z.log_softmax(-1).clamp(min=FLOOR), None
+    size = common(head, ref)
+    with torch.no_grad():
+        lq = logits(ref, size).log_softmax(-1).clamp(min=FLOOR).to(z.dtype)
+    return z[:, :size].log_softmax(-1).clamp(min=FLOOR), lq

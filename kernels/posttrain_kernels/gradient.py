@@ -6,6 +6,8 @@ sums, and dS/dz_v = f_l(v) - p_v sum_w f_l(w). Summed over the statistics with t
     dz_v = p_v (c0 + c1 l_v + c2 p_v) + [v = id] add_id                       one head
          + sum u (f_l(v) - p_v C)                                             two heads, C = sum_w f_l(w) from the forward
 
+A `Rowwise` f is no sum, but the same holds with f_l(v) its derivative in l_v; `row_slope` takes it from whole rows.
+
 At the maximum of the row, the one item whose p may be close to 1, the one-head sum would cancel; it is replaced there by
 `at_max`, written with 1 - p_max = r / (1 + r) from the state.
 """
@@ -13,14 +15,14 @@ At the maximum of the row, the one item whose p may be close to 1, the one-head 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .fold import State, locate
-from .head import FLOOR, Separable
+from .head import FLOOR, Rowwise, Separable
 
 
 def slope(divergence: Separable, lp: Tensor, lq: Tensor) -> Tensor:
@@ -32,6 +34,19 @@ def slope(divergence: Separable, lp: Tensor, lq: Tensor) -> Tensor:
             lp = lp.detach().requires_grad_()
             (derivative,) = torch.autograd.grad(divergence.f(lp, lq).sum(), lp)
     return derivative.masked_fill(lp <= FLOOR, 0)
+
+
+def row_slope(
+    entry: Rowwise, lp: Tensor, lq: Tensor | None, target: Tensor | None, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Values [n] of a Rowwise, and [n, C] upstream * f_l, 0 where lp is at the floor (None: it does not depend on lp)."""
+    with torch.enable_grad():
+        lp = lp.detach().requires_grad_()
+        values = entry(lp, lq, target)
+        if not values.requires_grad:
+            return values, None
+        (derivative,) = torch.autograd.grad(values, lp, upstream.to(values.dtype), allow_unused=True)
+    return values.detach(), None if derivative is None else derivative.masked_fill(lp <= FLOOR, 0)
 
 
 @dataclass
@@ -72,14 +87,19 @@ class Coefficients:
     """[N, 1] that of the reference."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
-    """Two-head statistic -> (upstream [N, 1], C [N, 1])."""
+    """Two-head statistic that is a sum -> (upstream [N, 1], C [N, 1])."""
+
+    rowwise: dict[str, Tensor]
+    """Rowwise statistic -> upstream [N]; not part of `tile`."""
 
     def rows(self, rows: slice) -> Coefficients:
         """Views of some tokens."""
         pairs = {name: (u[rows], c[rows]) for name, (u, c) in self.pairs.items()}
-        names = [field.name for field in dataclasses.fields(self) if field.name != "pairs"]
+        rowwise = {name: u[rows] for name, u in self.rowwise.items()}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("pairs", "rowwise")]
         values = {name: getattr(self, name) for name in names}
-        return Coefficients(**{k: None if v is None else v[rows] for k, v in values.items()}, pairs=pairs)
+        parts = {name: None if value is None else value[rows] for name, value in values.items()}
+        return Coefficients(**parts, pairs=pairs, rowwise=rowwise)
 
     def tile(self, z: Tensor, zq: Tensor | None, start: int, divergences: Mapping[str, Separable]) -> Tensor:
         """[N, C] dz / factor for the items from `start`; overwrites z and zq, the logits of the two heads there.
@@ -126,13 +146,15 @@ def coefficients(
     index: Tensor | None,
     reference: Tensor | None,
     sums: Mapping[str, Tensor],
+    rowwise: Collection[str],
 ) -> Coefficients:
     """The coefficients for upstream gradients by name ([N]; gather [N, K]).
 
     Args:
         state: of the policy, complete.
         reference: [N] log sum exp of the reference over the common vocabulary.
-        sums: [N] C of each two-head statistic.
+        sums: [N] C of each two-head statistic that is a sum.
+        rowwise: names of the Rowwise statistics.
     """
     factor = torch.ones_like(state.m)
     if len(upstream) == 1 and "gather" not in upstream:
@@ -166,6 +188,7 @@ def coefficients(
                 c0 -= 2 * u
                 at_max += 2 * u * top * (state.r - state.e2) / (1 + state.e2)
     pairs = {name: (u[:, None], sums[name][:, None]) for name, u in upstream.items() if name in sums}
+    rows = {name: u for name, u in upstream.items() if name in rowwise}
     only_p = set(upstream) == {"logp"}  # c0 = -1: the sign goes to the factor, and the tile is p itself
     sign = -1 if only_p else 1
     return Coefficients(
@@ -173,7 +196,7 @@ def coefficients(
         c0=None if only_p else c0[:, None],
         c1=c1[:, None] if "entropy" in upstream else None,
         c2=c2[:, None] if "log_sum_p2" in upstream else None,
-        at_max=None if len(pairs) == len(upstream) else sign * at_max[:, None],
+        at_max=None if len(pairs) + len(rows) == len(upstream) else sign * at_max[:, None],
         argmax=state.argmax[:, None],
         lse=state.lse[:, None],
         ids=torch.cat(ids, 1) if ids else state.argmax[:, None],
@@ -181,4 +204,5 @@ def coefficients(
         common=state.common[:, None],
         reference=None if reference is None else reference[:, None],
         pairs=pairs,
+        rowwise=rows,
     )

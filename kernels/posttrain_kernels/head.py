@@ -14,6 +14,9 @@ ONE_HEAD = ("logp", "lse", "entropy", "log_sum_p2", "max_logp", "argmax", "gathe
 TWO_HEADS = ("ref_logp", "forward_kl", "reverse_kl")
 """Statistics that also read `ref`."""
 
+CONSTANT = ("argmax", "ref_logp")
+"""Statistics without a gradient."""
+
 FLOOR = -1e4
 """Log-probs below this count as this in entropies and divergences: its exp is 0 in float64 too, and 0 * FLOOR is 0, not nan."""
 
@@ -84,6 +87,38 @@ class Separable:
     """(lp, lq) -> derivative of f in lp, if it is worth writing down; else autograd takes it."""
 
 
+@dataclass(frozen=True)
+class Rowwise:
+    """A statistic f(log policy, log reference, target) of the whole distributions of a token, where no sum over items will do.
+
+    f gets the rows of a block of n tokens and gives one number each, in any torch operations; autograd takes its derivative
+    in lp, so what should have none (a threshold, a sort) goes into `torch.no_grad()`. No gradient flows to anything else
+    that f reads, nor to log-probs at FLOOR. f is evaluated again in the backward pass.
+    """
+
+    name: str
+    """Key of the result."""
+
+    f: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    """(lp [n, C], lq [n, C], target [n]) -> [n]. lp and lq are log-probs over the C items both heads have, not below FLOOR,
+    float32 or better; without a ref lq is None and C is the head's own vocabulary. target is None where none was given, and
+    may lie beyond C where the vocabularies differ."""
+
+    temporaries: int = 16
+    """How many [n, C] tensors f and its derivative hold at once at most (an int64 one counts twice); n follows from it."""
+
+    def __call__(self, lp: Tensor, lq: Tensor | None, target: Tensor | None) -> Tensor:
+        """[n] values of f.
+
+        Raises:
+            ValueError: f does not give one number a token.
+        """
+        values = self.f(lp, lq, target)
+        if values.shape != lp.shape[:1]:
+            raise ValueError(f"want: {self.name!r} gave {list(values.shape)}, expected [{len(lp)}], a number for each token")
+        return values
+
+
 KLS = {
     "forward_kl": Separable("forward_kl", lambda lp, lq: lq.exp() * (lq - lp), lambda lp, lq: -lq.exp()),
     "reverse_kl": Separable("reverse_kl", lambda lp, lq: lp.exp() * (lp - lq), lambda lp, lq: lp.exp() * (lp - lq + 1)),
@@ -91,7 +126,7 @@ KLS = {
 """The divergences that have a name of their own: KL(ref || policy) and KL(policy || ref)."""
 
 
-Want = str | Separable
+Want = str | Separable | Rowwise
 
 
 def name_of(entry: Want) -> str:
@@ -104,7 +139,9 @@ def common(head: Head, ref: Head) -> int:
     return min(head.size, ref.size)
 
 
-def check(head: Head, want: Sequence[Want], target: Tensor | None, index: Tensor | None, ref: Head | None) -> None:
+def check(
+    head: Head, want: Sequence[Want], target: Tensor | None, index: Tensor | None, ref: Head | None, eager: str | None
+) -> None:
     """Refuse what cannot be computed.
 
     Raises:
@@ -113,15 +150,18 @@ def check(head: Head, want: Sequence[Want], target: Tensor | None, index: Tensor
     names = [name_of(entry) for entry in want]
     if len(set(names)) < len(names):
         raise ValueError(f"want: names must differ, got {names}")
+    possible = ", ".join(ONE_HEAD + TWO_HEADS)
     for entry in want:
         if isinstance(entry, str) and entry not in ONE_HEAD + TWO_HEADS:
-            raise ValueError(f"want: no statistic {entry!r}; possible: {', '.join(ONE_HEAD + TWO_HEADS)}, or a Separable")
+            raise ValueError(f"want: no statistic {entry!r}; possible: {possible}, a Separable, a Rowwise")
         if (isinstance(entry, Separable) or entry in TWO_HEADS) and ref is None:
             raise ValueError(f"want: {name_of(entry)!r} needs ref, a second head")
         if entry in ("logp", "ref_logp") and target is None:
             raise ValueError(f"want: {entry!r} needs target [N]")
         if entry == "gather" and index is None:
             raise ValueError("want: 'gather' needs index [N, K]")
+    if eager is not None and (eager not in names or eager in (*CONSTANT, "gather")):
+        raise ValueError(f"eager: {eager!r} is not a wanted statistic with one gradient a token")
     n = head.x.shape[0]
     for role, one in (("head", head), ("ref", ref)):
         if one is not None:

@@ -1,0 +1,107 @@
+"""The forward loop over blocks of tokens and tiles of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fold import State
+from .gradient import slope
+from .head import FLOOR, Head
+from .kept import block_gradient, coefficients_of, log_probs, parts
+from .project import exact_products, logits_tile, tile_weights
+from .task import Block, Gradients, Need, Result, Task
+
+
+def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
+    """Fold all logits; with `unit`, also the gradient of that statistic for upstream gradients of 1.
+
+    Args:
+        need: what wants a gradient; None: nothing does.
+    """
+    head, n = task.head, len(task.head.x)
+    keep = bool(task.divergences or task.rowwise or unit)
+    blocks = task.sizes.blocks(n, task.sizes.kept if keep else task.sizes.block)
+    padded = blocks[-1][1].stop if blocks else 0
+    ids = _ids(n, padded, [task.target if "logp" in task.names else None, task.index], head.x.device)
+    ref_ids = _ids(n, padded, [task.target if "ref_logp" in task.names else None], head.x.device)
+    state = State.empty(ids, head.dtype, set(task.names))
+    ref_state = State.empty(ref_ids, head.dtype, set()) if task.ref is not None else None
+    zeros = state.m.new_zeros
+    result = Result(
+        state,
+        None if ref_state is None else ref_state.common,
+        values={name: zeros(n) for name in (*task.divergences, *task.rowwise)},
+        sums={name: zeros(n) for name in task.divergences if need is not None},
+        unit=Gradients.zeros(head, need) if unit else None,
+    )
+    heads = [(head, state, ids), (task.ref, ref_state, ref_ids)][: 1 if task.ref is None else 2]
+    rows = max((pad.stop - pad.start for _, pad in blocks), default=0)
+    scratch = [its.m.new_empty(rows * task.sizes.items) for _, its, _ in heads]
+    if not keep:
+        for (one, its, its_ids), work in zip(heads, scratch, strict=True):
+            _fold(task, one, its, its_ids, blocks, [], work)
+    else:
+        kept = [[its.m.new_empty(rows, stop - start) for start, stop in task.tiles(one)] for one, its, _ in heads]
+        for block in blocks:
+            for (one, its, its_ids), buffers, work in zip(heads, kept, scratch, strict=True):
+                _fold(task, one, its, its_ids, [block], buffers, work)
+            if task.divergences:
+                _divergences(task, result, block[0], kept)
+            if task.rowwise.keys() - {unit}:
+                _rowwise(task, result, block[0], kept, unit)
+            if unit:
+                own = coefficients_of(task, result, {unit: torch.ones_like(state.m[block[0]])}, block[0])
+                block_gradient(task, result, own, block[0], kept, result.unit)
+    result.state = state.rows(slice(n))
+    if ref_state is not None:
+        result.reference = ref_state.common[:n]
+    if "ref_logp" in task.names:
+        result.values["ref_logp"] = ref_state.rows(slice(n)).read("logp", 1).to(head.dtype)
+    return result
+
+
+def _ids(n: int, padded: int, given: list[Tensor | None], device: torch.device) -> Tensor:
+    parts = [part if part.dim() == 2 else part[:, None] for part in given if part is not None]
+    ids = torch.cat(parts, 1) if parts else torch.zeros(n, 0, dtype=torch.int64, device=device)
+    return torch.cat([ids, ids.new_zeros(padded - n, ids.shape[1])])
+
+
+def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block], kept: list[Tensor], scratch: Tensor) -> None:
+    """Project and fold all tiles of `blocks`; `kept` receives the logits, one tensor a tile, if given."""
+    parts = [(real, padded.stop - padded.start, state.rows(padded), ids[padded]) for real, padded in blocks]
+    with exact_products(head.x):
+        for j, (start, stop) in enumerate(task.tiles(head)):
+            weights = tile_weights(head, start, stop)
+            for real, rows, part, its_ids in parts:
+                work = scratch[: rows * (stop - start)].view(rows, stop - start)
+                z = kept[j][:rows] if kept else work
+                for first in range(0, rows, task.sizes.rows):
+                    product = z[first : first + task.sizes.rows]
+                    tokens = slice(real.start + first, min(real.start + first + len(product), real.stop))
+                    logits_tile(head, weights, start, tokens, product)
+                part.fold(z, start, its_ids, work)
+                if stop == task.edge:
+                    part.common.copy_(part.lse)
+
+
+def _divergences(task: Task, result: Result, rows: slice, kept: list[list[Tensor]]) -> None:
+    n = rows.stop - rows.start
+    lse, ref_lse = result.state.common[rows, None], result.reference[rows, None]
+    for z, zq in zip(*kept, strict=False):  # the tiles of the common vocabulary come first in both
+        lp, lq = (z[:n] - lse).clamp_(min=FLOOR), (zq[:n] - ref_lse).to(z.dtype).clamp_(min=FLOOR)
+        for name, divergence in task.divergences.items():
+            result.values[name][rows] += divergence.f(lp, lq).sum(-1)
+            if name in result.sums:
+                result.sums[name][rows] += slope(divergence, lp, lq).sum(-1)
+
+
+def _rowwise(task: Task, result: Result, rows: slice, kept: list[list[Tensor]], unit: str | None) -> None:
+    """The values of all Rowwise statistics but `unit`, whose value comes with its gradient."""
+    for part in parts(task, rows):
+        tokens = slice(rows.start + part.start, rows.start + part.stop)
+        lp, lq = log_probs(task, result, tokens, part, kept)
+        target = None if task.target is None else task.target[tokens]
+        for name, entry in task.rowwise.items():
+            if name != unit:
+                result.values[name][tokens] = entry(lp, lq, target)

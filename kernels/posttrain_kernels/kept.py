@@ -1,0 +1,132 @@
+"""The gradient of a block of tokens whose logits are kept over the whole vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .gradient import Coefficients, coefficients, row_slope
+from .head import FLOOR
+from .project import accumulate, exact_products, narrow, operand, row_factor, softcap_slope, tile_weights
+from .task import Gradients, Result, Task
+
+Kept = list[list[Tensor]]
+"""For the head and, if it is read, the ref: [n or more, C] logits of every tile."""
+
+
+def coefficients_of(task: Task, result: Result, upstream: Mapping[str, Tensor], rows: slice) -> Coefficients:
+    """The coefficients of some tokens."""
+    return coefficients(
+        upstream,
+        result.state.rows(rows),
+        None if task.target is None else task.target[rows],
+        None if task.index is None else task.index[rows],
+        None if result.reference is None else result.reference[rows],
+        {name: value[rows] for name, value in result.sums.items()},
+        task.rowwise,
+    )
+
+
+def gradient_tile(
+    task: Task, own: Coefficients, z: Tensor, zq: Tensor | None, start: int, rows: slice, more: Tensor | None = None
+) -> Tensor:
+    """[n, C] derivative in the logits before soft-cap, over `own.factor`; overwrites z and zq.
+
+    Args:
+        more: [n, C] a further part of the derivative in the logits.
+    """
+    cap = softcap_slope(task.head, z, rows)
+    dz = own.tile(z, zq, start, task.divergences)
+    if more is not None:
+        dz.add_(more)
+    return dz if cap is None else dz.mul_(cap)
+
+
+def block_gradient(task: Task, result: Result, own: Coefficients, rows: slice, kept: Kept, out: Gradients) -> None:
+    """Add the gradient of a block of tokens to `out`; overwrites their logits.
+
+    Args:
+        own: coefficients of the block.
+        rows: the tokens of the block.
+        kept: their logits.
+        out: sums in the dtype of the logits, as `Gradients.zeros` makes them.
+    """
+    head, n = task.head, rows.stop - rows.start
+    if own.rowwise:
+        _rows_to_gradient(task, result, own, rows, kept)
+    factor = row_factor(head, own.factor, rows)
+    with exact_products(head.x):
+        scaled = [
+            None if dw is None else operand(x[rows].to(factor.dtype) * factor, x)
+            for (x, _), dw in zip(head.terms, out.weight, strict=True)
+        ]
+        for j, (start, stop) in enumerate(task.tiles(head)):
+            dz = kept[0][j][:n]
+            if not own.rowwise:
+                dz = gradient_tile(task, own, dz, kept[1][j][:n] if own.pairs and stop <= task.edge else None, start, rows)
+            if out.bias is not None:
+                out.bias[start:stop].addmv_(dz.mT, factor.squeeze(1))
+            weights = tile_weights(head, start, stop)
+            for (x, _), weight, its, dx, dw in zip(head.terms, weights, scaled, out.x, out.weight, strict=True):
+                narrowed = narrow(dz, x)
+                if dx is not None:
+                    accumulate(dx[rows], narrowed, weight, add=j > 0)
+                if dw is not None:
+                    accumulate(dw[start:stop], narrowed.mT, its, add=True)
+    for dx in out.x:
+        if dx is not None:
+            dx[rows] *= factor
+
+
+def parts(task: Task, rows: slice) -> list[slice]:
+    """The pieces of a block of tokens that a Rowwise sees, counted from the first token of the block."""
+    n = rows.stop - rows.start
+    return [slice(start, min(start + task.sizes.whole, n)) for start in range(0, n, task.sizes.whole)]
+
+
+def log_probs(task: Task, result: Result, tokens: slice, part: slice, kept: Kept) -> tuple[Tensor, Tensor | None]:
+    """[n, C] log-probs of both heads over the common vocabulary, not below FLOOR.
+
+    Args:
+        tokens: which.
+        part: the same, counted from the first token of the block.
+        kept: logits of the block.
+    """
+
+    def whole(tiles: list[Tensor], lse: Tensor) -> Tensor:
+        z = torch.cat([tile[part] for tile in tiles[:count]], 1)
+        return z.sub_(lse[tokens, None]).to(task.head.dtype).clamp_(min=FLOOR)
+
+    count = sum(stop <= task.edge for _, stop in task.tiles(task.head))  # they come first in both
+    lp = whole(kept[0], result.state.common)
+    return lp, None if task.ref is None else whole(kept[1], result.reference)
+
+
+def _rows_to_gradient(task: Task, result: Result, own: Coefficients, rows: slice, kept: Kept) -> None:
+    """Turn the policy's logits of a block into the derivative in them, over `own.factor`, of all statistics together."""
+    for part in parts(task, rows):
+        tokens = slice(rows.start + part.start, rows.start + part.stop)
+        its = own.rows(part)
+        more = _row_gradient(task, result, its, tokens, part, kept)
+        for j, (start, stop) in enumerate(task.tiles(task.head)):
+            z, inside = kept[0][j][part], stop <= task.edge
+            zq = kept[1][j][part] if its.pairs and inside else None
+            dz = gradient_tile(task, its, z, zq, start, tokens, more[:, start:stop] if inside else None)
+            if dz is not z:
+                z.copy_(dz)
+
+
+def _row_gradient(task: Task, result: Result, own: Coefficients, tokens: slice, part: slice, kept: Kept) -> Tensor:
+    """[n, C] derivative of the Rowwise statistics in the logits, over `own.factor`; in the forward, their values too."""
+    lp, lq = log_probs(task, result, tokens, part, kept)
+    target = None if task.target is None else task.target[tokens]
+    total = torch.zeros_like(lp)
+    for name, upstream in own.rowwise.items():
+        values, derivative = row_slope(task.rowwise[name], lp, lq, target, upstream)
+        if name in result.values:
+            result.values[name][tokens] = values
+        if derivative is not None:
+            total += derivative
+    return total.addcmul_(lp.exp_(), total.sum(-1, keepdim=True), value=-1)

@@ -1,0 +1,155 @@
+"""What the loops work on: how they are cut, the inputs of a call, what its passes leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fold import State
+from .head import Head, Rowwise, Separable, common
+
+Block = tuple[slice, slice]
+"""(tokens, the same with padding)"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the loops are cut. Depends on device, dtype, vocabulary and workspace, never on N."""
+
+    rows: int
+    """Tokens of one product in the forward, so that a token's logits have the same bits in any batch."""
+
+    pad: int
+    """The last product of a forward is padded to a multiple of this."""
+
+    items: int
+    """Items of a tile."""
+
+    block: int
+    """Tokens folded at a time."""
+
+    kept: int
+    """Tokens folded at a time where their logits are kept over the whole vocabulary."""
+
+    chunk: int
+    """Tokens of a backward chunk."""
+
+    whole: int
+    """Tokens whose rows a Rowwise sees at a time."""
+
+    def blocks(self, n: int, tokens: int) -> list[Block]:
+        """Forward blocks of so many tokens."""
+        starts = range(0, n, tokens)
+        padded = [min(tokens, -(-(n - start) // self.pad) * self.pad) for start in starts]
+        return [(slice(s, min(s + p, n)), slice(s, s + p)) for s, p in zip(starts, padded, strict=True)]
+
+    def chunks(self, n: int) -> list[slice]:
+        """Backward chunks of n tokens, of nearly equal length."""
+        count = -(-n // self.chunk)
+        return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+    def tiles(self, size: int, edge: int) -> list[tuple[int, int]]:
+        """(start, stop) of every tile; one begins at the `edge` of the common vocabulary."""
+        spans = ((0, edge), (edge, size))
+        return [(s, min(s + self.items, stop)) for begin, stop in spans for s in range(begin, stop, self.items)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Inputs of one call, as the loops see them."""
+
+    head: Head
+    ref: Head | None
+    target: Tensor | None
+    """[N], if a wanted statistic reads it."""
+
+    index: Tensor | None
+    """[N, K], if gather is wanted."""
+
+    names: Sequence[str]
+    """What is wanted."""
+
+    divergences: Mapping[str, Separable]
+    """The two-head statistics that need the logits of both."""
+
+    rowwise: Mapping[str, Rowwise]
+    """The statistics that need whole rows."""
+
+    sizes: Sizes
+
+    @property
+    def edge(self) -> int:
+        """Size of the common vocabulary, the head's own without a ref."""
+        return self.head.size if self.ref is None else common(self.head, self.ref)
+
+    def tiles(self, head: Head) -> list[tuple[int, int]]:
+        """The tiles of one of the heads."""
+        return self.sizes.tiles(head.size, self.edge)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Which tensors of the head want a gradient."""
+
+    x: list[bool]
+    """Of every term."""
+
+    weight: list[bool]
+    """Of every term."""
+
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        """Whether the head itself is trained."""
+        return self.bias or any(self.weight)
+
+
+@dataclass
+class Gradients:
+    """Gradients of the tensors of a head; None for what needs none."""
+
+    x: list[Tensor | None]
+    """[N, H_i] of every term."""
+
+    weight: list[Tensor | None]
+    """[V, H_i] of every term."""
+
+    bias: Tensor | None
+    """[V]"""
+
+    @classmethod
+    def zeros(cls, head: Head, need: Need) -> Gradients:
+        """Sums to add to, in the dtype of the logits."""
+
+        def sums(like: Tensor, needed: bool) -> Tensor | None:
+            return torch.zeros(like.shape, dtype=head.dtype, device=like.device) if needed else None
+
+        return cls(
+            [sums(x, needed) for (x, _), needed in zip(head.terms, need.x, strict=True)],
+            [sums(weight, needed) for (_, weight), needed in zip(head.terms, need.weight, strict=True)],
+            sums(head.bias, True) if need.bias else None,
+        )
+
+
+@dataclass
+class Result:
+    """What a forward pass leaves."""
+
+    state: State
+    """Of the policy."""
+
+    reference: Tensor | None
+    """[N] log sum exp of the reference over the common vocabulary."""
+
+    values: dict[str, Tensor]
+    """[N] each: divergences and Rowwise statistics."""
+
+    sums: dict[str, Tensor]
+    """[N] each: C of the divergences, for their gradients (gradient.py)."""
+
+    unit: Gradients | None
+    """Of the statistic whose gradient is taken in the forward, for upstream gradients of 1."""
