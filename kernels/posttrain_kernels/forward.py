@@ -10,7 +10,7 @@ from .gradient import slope
 from .head import FLOOR, Head
 from .kept import block_gradient, coefficients_of, log_probs, parts
 from .project import exact_products, logits_tile, tile_weights
-from .task import Block, Gradients, Need, Result, Task
+from .task import Block, Gradients, Need, Result, Sizes, Task
 
 
 def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
@@ -76,13 +76,18 @@ def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block]
             for real, rows, part, its_ids in parts:
                 work = scratch[: rows * (stop - start)].view(rows, stop - start)
                 z = kept[j][:rows] if kept else work
-                for first in range(0, rows, task.sizes.rows):
-                    product = z[first : first + task.sizes.rows]
-                    tokens = slice(real.start + first, min(real.start + first + len(product), real.stop))
-                    logits_tile(head, weights, start, tokens, product)
+                project(head, task.sizes, weights, start, real, z)
                 part.fold(z, start, its_ids, work)
                 if stop == task.edge:
                     part.common.copy_(part.lse)
+
+
+def project(head: Head, sizes: Sizes, weights: list[Tensor], start: int, tokens: slice, z: Tensor) -> None:
+    """Logits of a block of tokens for the items from `start` into z, by products of one shape."""
+    for first in range(0, len(z), sizes.rows):
+        product = z[first : first + sizes.rows]
+        rows = slice(tokens.start + first, min(tokens.start + first + len(product), tokens.stop))
+        logits_tile(head, weights, start, rows, product)
 
 
 def _divergences(task: Task, result: Result, rows: slice, kept: list[list[Tensor]]) -> None:

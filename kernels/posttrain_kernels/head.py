@@ -165,7 +165,7 @@ def check(
     n = head.x.shape[0]
     for role, one in (("head", head), ("ref", ref)):
         if one is not None:
-            _check_shapes(role, one, n)
+            check_shapes(role, one, n)
     sizes = [one.size for one, name in ((head, "logp"), (ref, "ref_logp")) if one is not None and name in names]
     if target is not None:
         _check_ids("target", target, (n,), min(sizes, default=head.size))
@@ -173,7 +173,12 @@ def check(
         _check_ids("index", index, (n, index.shape[-1]), head.size)
 
 
-def _check_shapes(role: str, head: Head, n: int) -> None:
+def check_shapes(role: str, head: Head, n: int) -> None:
+    """Refuse a head whose tensors do not fit N tokens and each other.
+
+    Raises:
+        ValueError: says which of `role`.
+    """
     rows = head.weight.shape[0]
     for i, (x, weight) in enumerate(head.terms):
         if x.dim() != 2 or weight.dim() != 2 or x.shape[0] != n or weight.shape != (rows, x.shape[1]):
