@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -55,6 +56,9 @@ class Rowwise:
     eager: bool = False
     """The loss is a mean of this over tokens, so that the kernel may take its gradient in the forward pass."""
 
+    given: tuple[str, ...] = ()
+    """Scalars of the context that f takes, too, as keywords."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Top:
@@ -70,6 +74,16 @@ class Top:
 Want = str | Sum | Rowwise | Top
 """What an objective asks for beyond log-probs: a statistic of the kernel or a divergence of divergences.py, by name, or one of
 the above."""
+
+
+def bound(want: Sequence[Want], context: Mapping[str, torch.Tensor]) -> list[Want]:
+    """The same statistics, those of a `Rowwise` that takes scalars with them in place."""
+    return [
+        dataclasses.replace(entry, f=partial(entry.f, **{name: context[name] for name in entry.given}), given=())
+        if isinstance(entry, Rowwise) and entry.given
+        else entry
+        for entry in want
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +167,7 @@ class Pairs:
     context: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Scalars without gradient that no single row knows: `progress` in [0, 1] through the training; the global mean, over the
     optimizer step, of each value that the objective's `before` returns; the running global mean, over all earlier steps, of
-    each value that it asked to `remember`."""
+    each value that it asked to `remember`; the numbers of the objective's `state`."""
 
 
 @dataclass(frozen=True, kw_only=True)

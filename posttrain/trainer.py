@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .reference import AdapterOff, CachedLogps, FrozenModel, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
-from .stats import Completions, Loss, columns_of, roles_of
+from .stats import Completions, Loss, bound, columns_of, roles_of
 from .trees import Collator, TreeCollator, attention_scale
 
 
@@ -74,7 +75,8 @@ class Trainer(transformers.Trainer):
         self.meter, self.eval_meter = Meter(), Meter()
         self._eval_scalars: dict[str, Tensor] = {}
         super().__init__(model=model, args=args, data_collator=self.collator(), **kwargs)
-        self.context = context.Context(self.accelerator)
+        after = None if objective.state is None else partial(objective.state, config)
+        self.context = context.Context(self.accelerator, after)
         self.add_callback(self.context)
         if reference is not None:
             reference.prepare(self.accelerator)
@@ -99,13 +101,14 @@ class Trainer(transformers.Trainer):
             batch, roles = Collator.early_part(batch), self.early_roles
         inner = self.accelerator.unwrap_model(model)
         inputs = model_inputs(inner, batch, self.data_collator.layout)
-        request = Request(gather=batch["gather"], targets=batch["targets"], want=self.want, impl=self.impl)
+        want = tuple(bound(self.want, scalars))
+        request = Request(gather=batch["gather"], targets=batch["targets"], want=want, impl=self.impl)
         reference_logps = batch.get("reference_logps")
         if self.reference is not None and reference_logps is None:
             ask = dataclasses.replace(request, want=("logp",))
             if self.needs_reference_head:
                 head = self.reference.head(inner, inputs, dataclasses.replace(request, want=()))
-                request = dataclasses.replace(request, ref=head, want=(*self.want, "ref_logp"))
+                request = dataclasses.replace(request, ref=head, want=(*want, "ref_logp"))
             else:
                 reference_logps = self.reference.answer(inner, inputs, ask)["logp"]
         answer = model(**inputs, statistics=request)
@@ -153,7 +156,7 @@ class Trainer(transformers.Trainer):
     def scalars(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The context of the rows of all processes in `batches`, as entries of a batch: progress, running means, and the means
         of what the objective's `before` says of them."""
-        scalars = context.scalars(self.state)
+        scalars = self.context.scalars(self.state)
         if self.objective.before is not None:
             means = Meter()
             with torch.no_grad(), evaluating(self.model), self.compute_loss_context_manager():

@@ -104,7 +104,8 @@ def random_statistics(
 
 
 def context_of(objective: Objective, statistics: Any, *, start: bool = False, **options: Any) -> Any:
-    """The statistics with the means that the objective's `before` gives, of random completions where it reads early roles.
+    """The statistics with the objective's state as it starts and the means that its `before` gives, of random completions
+    where it reads early roles.
 
     Args:
         objective: with default settings.
@@ -113,10 +114,17 @@ def context_of(objective: Objective, statistics: Any, *, start: bool = False, **
         options: of `random_statistics`.
     """
     if objective.before is None:
-        return statistics
+        return dataclasses.replace(statistics, context=state_of(objective))
     early = random_statistics(objective.family, early=True, **options) if early_roles(objective) else statistics
     values = objective.before(objective.config(), at_reference(early) if start else early)
-    return dataclasses.replace(statistics, context={name: value.detach().mean() for name, value in values.items()})
+    means = {name: value.detach().mean() for name, value in values.items()}
+    return dataclasses.replace(statistics, context={**state_of(objective), **means})
+
+
+def state_of(objective: Objective) -> dict[str, torch.Tensor]:
+    """The state of an objective with default settings before the first step."""
+    numbers = {} if objective.state is None else objective.state(objective.config(), {}, {})
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
 
 def each(statistics: Any, change: Callable[[Completions], Completions]) -> Any:

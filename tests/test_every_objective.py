@@ -9,10 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from random_statistics import Held, at_reference, by_row, context_of, each, leaves, random_statistics, roles, take, terms
+from random_statistics import (
+    Held,
+    at_reference,
+    by_row,
+    context_of,
+    each,
+    leaves,
+    random_statistics,
+    roles,
+    state_of,
+    take,
+    terms,
+)
 
 from posttrain.registry import Objective, find, names
 from posttrain.schema import fields
+from posttrain.stats import bound
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +34,7 @@ every_objective = pytest.mark.parametrize("objective", [find(name) for name in n
 
 def statistics_for(objective: Objective, *, start: bool = False, **options: Any) -> Any:
     """Random statistics with their context; `start`: where the policy equals the reference."""
-    options["want"] = objective.want(objective.config())
+    options["want"] = bound(objective.want(objective.config()), state_of(objective))
     statistics = random_statistics(objective.family, **options)
     return context_of(objective, at_reference(statistics) if start else statistics, start=start, **options)
 
@@ -98,8 +111,8 @@ def test_gradcheck(objective: Objective) -> None:
 
     def values(*logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         moved = iter(logits)
-        changed = each(statistics, lambda one: one.replaced(policy=next(moved)))
         with held:
+            changed = each(statistics, lambda one: one.replaced(policy=next(moved)))
             return tuple(term.values for term in terms(objective(objective.config(), changed)))
 
     assert torch.autograd.gradcheck(values, leaves(statistics))

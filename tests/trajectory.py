@@ -55,6 +55,7 @@ PROBE = Objective(
     want=lambda _config: (),
     start=lambda _config: None,
     before=None,
+    state=None,
     advise=None,
     coupled=False,
     document="",
