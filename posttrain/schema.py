@@ -65,7 +65,8 @@ def _line(where: str, error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where}: {path} is required"
-    return f"{where}: {path} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {path} = {error['input']!r}: {message}" if path else f"{where}: {message}"
 
 
 def fields(kind: type) -> list[dict[str, Any]]:
