@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+_QUANTILE = re.compile(r"/p(\d\d)$")
+
 
 class Meter:
-    """Sums of metrics since the last `clear`; a name ends in how it is reduced (`/max`, `/min`, `/sum`, else the mean)."""
+    """Metrics since the last `clear`; a name ends in how it is reduced (`Loss.metrics` lists the endings), else by the mean."""
 
     def __init__(self) -> None:
+        self._names: dict[str, None] = {}
         self._sums: dict[str, Tensor] = {}
+        self._extremes: dict[str, Tensor] = {}
+        self._values: dict[str, list[Tensor]] = {}
         self._tokens = torch.zeros(())
         self._since = time.perf_counter()
 
@@ -26,15 +33,18 @@ class Meter:
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add tensors of any length, one element an observation."""
+        self._names |= dict.fromkeys(metrics)
         for name, values in metrics.items():
             values = values.detach().double().flatten()
             if name.endswith(("/max", "/min")):
                 sign = 1 if name.endswith("/max") else -1
                 worst = torch.full((1,), -torch.inf, dtype=torch.float64, device=values.device)
                 new = torch.cat([values * sign, worst]).max().reshape(1)
-                self._sums[name] = torch.maximum(self._sums.get(name, new), new)
+                self._extremes[name] = torch.maximum(self._extremes.get(name, new), new)
+            elif _QUANTILE.search(name):
+                self._values.setdefault(name, []).append(values)
             else:
-                new = torch.stack([values.sum(), values.new_tensor(values.numel())])
+                new = torch.stack([values.sum(), values.square().sum(), values.new_tensor(values.numel())])
                 self._sums[name] = self._sums.get(name, 0) + new
 
     def tokens(self, batch: Mapping[str, Tensor]) -> None:
@@ -42,20 +52,27 @@ class Meter:
         self._tokens = self._tokens.to(batch["tree"].device) + (batch["tree"] > 0).sum()
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """The metrics over all processes; no mean of what none of them saw. Every process calls it, with the same names."""
-        extremes = {name: value for name, value in self._sums.items() if name.endswith(("/max", "/min"))}
-        sums = {name: value for name, value in self._sums.items() if name not in extremes}
+        """The metrics over all processes; nothing of what none of them saw. Every process calls it, with the same names."""
         out = {}
-        if sums:
-            reduced = accelerator.reduce(torch.stack([sums[name] for name in sorted(sums)]), "sum").tolist()
-            for name, (total, count) in zip(sorted(sums), reduced, strict=True):
-                if count:
+        if self._sums:
+            reduced = accelerator.reduce(torch.stack([self._sums[name] for name in sorted(self._sums)]), "sum").tolist()
+            for name, (total, squares, count) in zip(sorted(self._sums), reduced, strict=True):
+                if name.endswith("/ess"):
+                    out |= {name: total**2 / (squares * count)} if squares else {}
+                elif count:
                     out[name] = total if name.endswith("/sum") else total / count
-        if extremes:
-            gathered = accelerator.gather(torch.stack([extremes[name] for name in sorted(extremes)], 1))  # [ranks, k]
-            for name, value in zip(sorted(extremes), gathered.max(0).values.tolist(), strict=True):
+        if self._extremes:
+            names = sorted(self._extremes)
+            gathered = accelerator.gather(torch.stack([self._extremes[name] for name in names], 1))  # [ranks, k]
+            for name, value in zip(names, gathered.max(0).values.tolist(), strict=True):
                 out[name] = value if name.endswith("/max") else -value
-        return {name: out[name] for name in self._sums if name in out}
+        for name in sorted(self._values):
+            padded = accelerator.pad_across_processes(torch.cat(self._values[name]), pad_index=torch.nan)
+            seen = accelerator.gather(padded)
+            seen = seen[~seen.isnan()].cpu().numpy()
+            if len(seen):
+                out[name] = float(np.quantile(seen, int(_QUANTILE.search(name)[1]) / 100))
+        return {name: out[name] for name in self._names if name in out}
 
     def rates(self, accelerator: Any) -> dict[str, float]:
         """`tokens_per_second` over all processes since the last clear, and `memory_gib`, the largest peak of a process."""
