@@ -49,6 +49,9 @@ class Objective:
     """`(config, statistics) -> values by name`: evaluated without gradient on every micro-batch of an optimizer step before any
     loss; their global means are in the context. A role annotated `Completions | None` is there only then."""
 
+    before_reads: Sequence[str]
+    """Roles that `before` reads beside those that are there only for it; where there are neither, it reads all."""
+
     state: Callable[[Any, Mapping[str, float], Mapping[str, float]], Mapping[str, float]] | None
     """`(config, context, means) -> numbers by name`: what it carries from step to step, in the context and in every checkpoint.
     Called with nothing in both before the first step, then after each with the context as it would be in the next, but for the
@@ -73,6 +76,7 @@ def objective(
     want: Sequence[Want] | Callable[[Any], Sequence[Want]] = (),
     start: float | Callable[[Any], float | None] | None = None,
     before: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    before_reads: Sequence[str] = (),
     state: Callable[[Any, Mapping[str, float], Mapping[str, float]], Mapping[str, float]] | None = None,
     advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None = None,
     coupled: bool = False,
@@ -84,6 +88,7 @@ def objective(
         want: per-token statistics beyond log-probs, or a function from the config to them.
         start: the loss where the policy equals the reference, if that is a number, or a function from the config to it.
         before: values whose global mean over the optimizer step the loss reads from the context.
+        before_reads: roles that `before` reads beside the family's early ones.
         state: numbers carried from step to step, given the context and the means of the step.
         advise: warnings from the settings and the columns of the training set; of a stream, which has no end, not asked.
         coupled: rows of a micro-batch affect each other's loss.
@@ -109,6 +114,7 @@ def objective(
             want=want if callable(want) else lambda _config: want,
             start=start if callable(start) else lambda _config: start,
             before=before,
+            before_reads=before_reads,
             state=state,
             advise=advise,
             coupled=coupled,

@@ -181,7 +181,8 @@ class Labelled:
     """[B] 1 where the completion is desirable, 0 where it is not."""
 
     mismatched: Completions | None = field(default=None, metadata={"of": "completion"})
-    """The completion of another row after this row's prompt; there only for the objective's `before`, and then alone."""
+    """The completion of another row after this row's prompt; there only for the objective's `before`, and then, of completions,
+    alone but for those that its `before_reads` names."""
 
     context: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """As in `Pairs`."""
@@ -230,7 +231,8 @@ class Loss:
 
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Detached quantities of any length. Logged as the global mean of their elements; a name that ends in `/max` or `/min`
-    as the global maximum or minimum, one that ends in `/sum` as the global sum."""
+    as the global maximum or minimum, in `/sum` as the global sum, in `/p10` (any two digits) as the global quantile, in `/ess`
+    as the effective sample size of weights, (sum of w)^2 / sum of w^2, as a share of their number."""
 
     per: str = "row"
     """What the mean is over: `row`, or the name of a role (`chosen`, ...): all tokens of that role."""

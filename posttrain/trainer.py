@@ -61,7 +61,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
-        self.early_roles = list(early_roles(objective))
+        self.early_roles = [*early_roles(objective), *objective.before_reads]
         self.want = ("logp", *objective.want(config))
         self.reads_reference = objective.reads_reference(config)
         self.needs_reference_head = reads_vocabulary(objective, config)
@@ -88,13 +88,13 @@ class Trainer(transformers.Trainer):
         lookup = self.reference.lookup if isinstance(self.reference, CachedLogps) else None
         scale = attention_scale(self.model_config)
         main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale)
-        early = dataclasses.replace(main, roles=self.early_roles, columns=()) if self.early_roles else None
+        early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None
         return Collator(main, early)
 
     def statistics(self, model: nn.Module, batch: dict[str, Tensor], *, early: bool = False) -> Any:
         """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not).
 
-        `early`: of the completions that are there only before a step, if the family has such.
+        `early`: of the completions that the objective's `before` reads.
         """
         scalars, roles = context.read(batch), self.roles
         if early and self.early_roles:
@@ -115,7 +115,7 @@ class Trainer(transformers.Trainer):
         if self.needs_reference_head:
             reference_logps = answer.pop("ref_logp")
         completions = self._completions(roles, batch, answer, reference_logps)
-        columns = {name: batch.get(f"row.{name}") for name in self.columns}
+        columns = {name: batch[f"row.{name}"] for name in self.columns}
         return self.objective.family(**{**dict.fromkeys(self.roles), **completions, **columns}, context=scalars)
 
     def _completions(

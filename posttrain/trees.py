@@ -136,7 +136,7 @@ class TreeCollator:
 
 @dataclass
 class Collator:
-    """Rows -> one batch: what is trained on and, under keys of their own, the completions that are only read before a step."""
+    """Rows -> one batch: what is trained on and, under keys of their own, the completions that are read before a step."""
 
     main: TreeCollator
     """Lays the trained roles."""

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from posttrain.mismatch import early_roles
 from posttrain.registry import Objective
-from posttrain.stats import Completions, Loss, Want, columns_of, early_roles_of
+from posttrain.stats import Completions, Loss, Want, columns_of
 from posttrain.stats import roles_of as roles
 
 VOCABULARY = 7
@@ -76,11 +76,11 @@ def random_statistics(
     rows: int = 4,
     want: Sequence[Want] = (),
     dtype: torch.dtype = torch.float64,
-    early: bool = False,
+    early: Sequence[str] = (),
 ) -> Any:
     """Statistics of `rows` rows: completions of 1 to 5 tokens (`Drawn`), columns of numbers.
 
-    With `early` those before a step: completions of the early roles alone.
+    With `early` those before a step: of completions these roles alone.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -96,11 +96,8 @@ def random_statistics(
         steps = 256 if name in FRACTIONS else 1
         return (torch.randint(0, steps + 1, (rows,), generator=generator) / steps).to(dtype)
 
-    if early:
-        nothing = dict.fromkeys([*roles(family), *columns_of(family)])
-        return family(**nothing, **{name: completions() for name in early_roles_of(family)})
-    columns = {name: column(name) for name in columns_of(family)}
-    return family(**{name: completions() for name in roles(family)}, **columns)
+    there = {name: completions() for name in early or roles(family)}
+    return family(**dict.fromkeys(roles(family)) | there, **{name: column(name) for name in columns_of(family)})
 
 
 def context_of(objective: Objective, statistics: Any, *, start: bool = False, **options: Any) -> Any:
@@ -115,7 +112,8 @@ def context_of(objective: Objective, statistics: Any, *, start: bool = False, **
     """
     if objective.before is None:
         return dataclasses.replace(statistics, context=state_of(objective))
-    early = random_statistics(objective.family, early=True, **options) if early_roles(objective) else statistics
+    names = [*early_roles(objective), *objective.before_reads]
+    early = random_statistics(objective.family, early=names, **options) if names else statistics
     values = objective.before(objective.config(), at_reference(early) if start else early)
     means = {name: value.detach().mean() for name, value in values.items()}
     return dataclasses.replace(statistics, context={**state_of(objective), **means})

@@ -55,6 +55,7 @@ PROBE = Objective(
     want=lambda _config: (),
     start=lambda _config: None,
     before=None,
+    before_reads=(),
     state=None,
     advise=None,
     coupled=False,
