@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from . import arguments, registry, shipped
+from .nested import Nested, nested_settings
 from .schema import UserError, adapter, suggest
 from .settings import DataConfig, ModelConfig, ReferenceConfig
 
@@ -38,6 +39,7 @@ def options(kind: type, section: str = "") -> list[Option]:
     """The settings of a dataclass; `section` prefixes their flags (`model` -> `--model.dtype`, and `--model` for its name)."""
     schema = adapter(kind).json_schema()
     defaults = {field.name: _default(field) for field in dataclasses.fields(kind)}
+    nested = nested_settings(kind)
     rows = []
     for name, entry in schema["properties"].items():
         flag = f"--{section}.{name}" if section else f"--{name}"
@@ -48,7 +50,22 @@ def options(kind: type, section: str = "") -> list[Option]:
         description = " ".join(entry.get("description", "").split())
         if "examples" in entry:
             description += f" Possible: {', '.join(entry['examples'])}."
+        if name in nested:
+            rows += _nested(nested[name], flag, description)
+            continue
         rows.append(Option(flag, _type(entry, schema), default, description))
+    return rows
+
+
+def _nested(setting: Nested, flag: str, description: str) -> list[Option]:
+    """Of a setting that is an objective: the names it takes, and the settings of its default."""
+    default, config = setting.find({})
+    description += (
+        f" Its own settings are {flag}.<setting>; those of {default.name} follow, `posttrain show <name>` has others'."
+    )
+    rows = [Option(f"{flag}.name", "|".join(setting.possible()), default.name, description)]
+    for row, value in zip(options(default.config, flag.removeprefix("--")), vars(config).values(), strict=True):
+        rows.append(dataclasses.replace(row, default=_yaml(value)))
     return rows
 
 

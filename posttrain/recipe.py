@@ -143,8 +143,8 @@ def _full_key(key: str, method: Objective) -> str:
     settings = [field.name for field in dataclasses.fields(method.config)]
     if head in settings:
         return f"objective.{key}"
-    near = suggest(key, settings)
-    near = suggest(key, list(SECTIONS)) if near == "." else near
+    near = suggest(head, settings)
+    near = suggest(head, list(SECTIONS)) if near == "." else near
     possible = ", ".join([*settings, *SECTIONS])
     raise UserError(f"unknown setting {key!r}{near} Possible: {possible} (posttrain {method.name} --help)")
 

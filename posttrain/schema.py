@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -38,6 +39,7 @@ def suggest(got: str, possible: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "."
 
 
+@functools.cache
 def adapter(kind: type[T]) -> TypeAdapter[T]:
     """The strict reader of a settings dataclass."""
     if dataclasses.is_dataclass(kind):
@@ -65,6 +67,9 @@ def _line(where: str, error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where}: {path} is required"
+    cause = error.get("ctx", {}).get("error")
+    if path and isinstance(cause, UserError):  # of settings within a setting, which says where itself
+        return f"{where}.{cause}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {path} = {error['input']!r}: {message}" if path else f"{where}: {message}"
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
     {"trees", "meter", "mismatch", "recipe", "context", "vocabulary"},
     {"objectives", "settings", "shipped", "arguments", "written"},
-    {"divergences", "advantages", "risk"},
+    {"divergences", "advantages", "risk", "nested"},
     {"stats", "registry", "schema"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
