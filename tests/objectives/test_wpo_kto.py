@@ -59,7 +59,8 @@ def test_by_hand() -> None:
 def test_equal_weights_and_equal_kinds_are_twice_kto() -> None:
     config = WPOKTOConfig(beta=0.1, desirable_weight=1.2)
     rows = with_context(config, labelled([1.0, -2.0, 0.5, 3.0], [-0.7] * 4, [1.0, 0.0, 0.0, 1.0], 0.3))
-    close(wpo_kto(config, rows).values, 2 * kto(KTOConfig(beta=0.1, desirable_weight=1.2), rows).values.tolist())
+    twice = 2 * kto(KTOConfig(beta=0.1, desirable_weight=1.2), rows).values
+    close(wpo_kto(config, rows).values, twice.tolist())
 
 
 def test_the_kinds_count_the_same_whatever_their_numbers() -> None:
