@@ -1,7 +1,8 @@
 """Statistics of softmax heads over large vocabularies, per token, without a [tokens, vocabulary] tensor.
 
 `head_stats` returns log-probs, entropies, divergences between two models and more, each with its gradient. It returns
-statistics, never losses: a loss is ordinary torch on the [N] tensors it gives. `top_k` finds the likeliest items.
+statistics, never losses: a loss is ordinary torch on the [N] tensors it gives. `top_k` finds the likeliest items,
+`l1_cost` and `span_cost` compare the distributions of several tokens of two models.
 """
 
 from __future__ import annotations
@@ -12,11 +13,24 @@ from typing import Literal
 from torch import Tensor
 
 from .chunked import chunked_stats
+from .costs import l1_cost, span_cost
 from .dense import dense_stats
 from .head import FLOOR, KLS, ONE_HEAD, TWO_HEADS, Head, Rowwise, Separable, Want, check
 from .top import top_k
 
-__all__ = ["FLOOR", "KLS", "ONE_HEAD", "TWO_HEADS", "Head", "Rowwise", "Separable", "head_stats", "top_k"]
+__all__ = [
+    "FLOOR",
+    "KLS",
+    "ONE_HEAD",
+    "TWO_HEADS",
+    "Head",
+    "Rowwise",
+    "Separable",
+    "head_stats",
+    "l1_cost",
+    "span_cost",
+    "top_k",
+]
 
 
 def head_stats(

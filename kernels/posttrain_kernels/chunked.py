@@ -26,13 +26,22 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .backward import backward_pass
 from .fold import State
 from .forward import forward_pass
-from .head import CONSTANT, KLS, Head, Rowwise, Separable, Want, name_of
+from .head import CONSTANT, KLS, Form, Head, Rowwise, Separable, Want, name_of
 from .task import Gradients, Need, Result, Sizes, Task
 
 _CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "chunk": 2048}
 _OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 4096, "chunk": 32768}
 """Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, most tokens of a fold and
 of a backward chunk. Measured on a CPU (larger ones are no faster); the others are estimates for a GPU."""
+
+
+def _defaults(head: Head) -> dict[str, int]:
+    return _CPU if head.x.device.type == "cpu" else _OTHER
+
+
+def workspace_of(head: Head, workspace: int | None) -> int:
+    """Bytes of temporary memory to aim at: those given, or the default of the device."""
+    return _defaults(head)["workspace"] if workspace is None else workspace
 
 
 def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) -> Sizes:
@@ -42,9 +51,7 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) ->
         temporaries: the number of tiles a gradient needs at once.
         whole: the number of whole rows that a Rowwise needs at once for each token; 0 without one.
     """
-    default = _CPU if head.x.device.type == "cpu" else _OTHER
-    if workspace is None:
-        workspace = default["workspace"]
+    default, workspace = _defaults(head), workspace_of(head, workspace)
     pad, itemsize = default["pad"], head.dtype.itemsize
     items = min(max(workspace // (8 * pad * itemsize) // 64 * 64, 64), default["items"], head.size)
 
@@ -66,8 +73,8 @@ class _Plan:
 
     want: tuple[Want, ...]
     sizes: Sizes
-    heads: tuple[tuple[float, float | None, float, int, int], ...]
-    """(scale, softcap, temperature if a number, vocab, number of tensors) of the head and, if it is read, the ref."""
+    forms: tuple[Form, ...]
+    """Of the head and, if it is read, the ref."""
 
     need: Need
     eager: str | None
@@ -86,17 +93,12 @@ class _Plan:
 
     def task(self, tensors: Sequence[Tensor | None]) -> Task:
         """The inputs put together again; `tensors` are target, index, and those of the heads."""
-        heads, at = [], 2
-        for scale, softcap, temperature, vocab, count in self.heads:
-            bias, temperatures, x, weight, *extra = tensors[at : at + count]
-            pairs = tuple(zip(extra[::2], extra[1::2], strict=True))
-            temperature = temperature if temperatures is None else temperatures
-            heads.append(Head(x, weight, pairs, bias, scale, softcap, temperature, vocab))
-            at += count
+        at = 2 + self.forms[0].count
+        head = self.forms[0].head(tensors[2:at])
+        ref = self.forms[1].head(tensors[at:]) if len(self.forms) > 1 else None
         divergences = {name_of(e): e if isinstance(e, Separable) else KLS[e] for e in self.want if _is_divergence(e)}
         rowwise = {entry.name: entry for entry in self.want if isinstance(entry, Rowwise)}
-        ref = heads[1] if len(heads) > 1 else None
-        return Task(heads[0], ref, tensors[0], tensors[1], self.names, divergences, rowwise, self.sizes)
+        return Task(head, ref, tensors[0], tensors[1], self.names, divergences, rowwise, self.sizes)
 
     def read(self, result: Result) -> list[Tensor]:
         """The wanted statistics in order."""
@@ -122,20 +124,14 @@ def chunked_stats(
     names = [name_of(entry) for entry in want]
     rowwise = [entry for entry in want if isinstance(entry, Rowwise)]
     both = ref is not None and (rowwise or any(_is_divergence(entry) or entry == "ref_logp" for entry in want))
-    tensors, options = [], []
-    for one in [head, ref] if both else [head]:
-        number = 1.0 if isinstance(one.temperature, Tensor) else one.temperature
-        flat = _tensors(one)
-        tensors += flat
-        options.append((one.scale, one.softcap, number, one.size, len(flat)))
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[: options[0][4]]]
-    need = Need(x=wanted[2::2], weight=wanted[3::2], bias=wanted[0])
+    heads = [head, ref] if both else [head]
+    need = Need.of(head)
     single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *CONSTANT}
     sizes = sizes_of(head, workspace, 1 if single else 8, max((entry.temporaries for entry in rowwise), default=0))
-    plan = _Plan(tuple(want), sizes, tuple(options), need, eager)
+    plan = _Plan(tuple(want), sizes, tuple(Form.of(one) for one in heads), need, eager)
     read_target = target if "logp" in names or "ref_logp" in names or rowwise else None
-    inputs = [read_target, index if "gather" in names else None, *tensors]
-    if need.head or any(need.x):
+    inputs = [read_target, index if "gather" in names else None, *(tensor for one in heads for tensor in one.tensors)]
+    if need.any:
         values = _Statistics.apply(plan, *inputs)
     else:
         with torch.no_grad():
@@ -171,16 +167,8 @@ class _Statistics(torch.autograd.Function):
             del upstream[plan.unit]
         out = backward_pass(task, result, upstream, plan.need) if upstream or ready is None else None
         out = _sum(out, ready)
-        terms = [tensor for term in zip(out.x, out.weight, strict=True) for tensor in term]
-        found = [out.bias, None, *terms]
-        found = [None if d is None else d.to(like.dtype) for d, like in zip(found, _tensors(task.head), strict=True)]
+        found = out.like(task.head)
         return (None, None, None, *found, *[None] * (ctx.inputs - 2 - len(found)))
-
-
-def _tensors(head: Head) -> list[Tensor | None]:
-    """The tensors of a head in the order in which they are passed."""
-    temperature = head.temperature if isinstance(head.temperature, Tensor) else None
-    return [head.bias, temperature, *(tensor for term in head.terms for tensor in term)]
 
 
 def _scaled_unit(ctx: FunctionCtx, upstream: Tensor | None) -> Gradients | None:

@@ -68,3 +68,22 @@ def _both(z: Tensor, ref: Head | None, head: Head) -> tuple[Tensor, Tensor | Non
     with torch.no_grad():
         lq = logits(ref, size).log_softmax(-1).clamp(min=FLOOR).to(z.dtype)
     return z[:, :size].log_softmax(-1).clamp(min=FLOOR), lq
+
+
+def dense_l1_cost(head: Head, ref: Head) -> Tensor:
+    """`l1_cost` by definition: O(N M V) memory."""
+    p, q = _probabilities(head, ref)
+    return (p[:, None] - q).abs().sum(-1)
+
+
+def dense_span_cost(head: Head, ref: Head, first: Tensor, second: Tensor) -> Tensor:
+    """`span_cost` by definition: O(N V) memory."""
+    p, q = _probabilities(head, ref)
+    return (q[first] * q[second] - p[first] * p[second]).square().sum(-1)
+
+
+def _probabilities(head: Head, ref: Head) -> tuple[Tensor, Tensor]:
+    size = common(head, ref)
+    with torch.no_grad():
+        q = logits(ref, size).softmax(-1).to(head.dtype)
+    return logits(head, size).softmax(-1), q

@@ -64,9 +64,40 @@ class Head:
         return ((self.x, self.weight), *self.extra)
 
     @property
+    def tensors(self) -> list[Tensor | None]:
+        """Bias, temperature if it is one, x, weight, x_1, W_1, ...: what an autograd function is given."""
+        temperature = self.temperature if isinstance(self.temperature, Tensor) else None
+        return [self.bias, temperature, *(tensor for term in self.terms for tensor in term)]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the logits and of every statistic: float32, or float64 for float64 hidden states."""
         return torch.promote_types(self.x.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of a head is not tensors; an autograd function keeps it beside the tensors that it saves."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    vocab: int
+    count: int
+    """Number of tensors."""
+
+    @classmethod
+    def of(cls, head: Head) -> Form:
+        """The form of a head."""
+        temperature = 1.0 if isinstance(head.temperature, Tensor) else head.temperature
+        return cls(head.scale, head.softcap, temperature, head.size, len(head.tensors))
+
+    def head(self, tensors: Sequence[Tensor | None]) -> Head:
+        """A head around these tensors, in the order of `Head.tensors`."""
+        bias, temperature, x, weight, *extra = tensors
+        terms = tuple(zip(extra[::2], extra[1::2], strict=True))
+        temperature = self.temperature if temperature is None else temperature
+        return Head(x, weight, terms, bias, self.scale, self.softcap, temperature, self.vocab)
 
 
 @dataclass(frozen=True)

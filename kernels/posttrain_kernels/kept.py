@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gradient import Coefficients, coefficients, row_slope
 from .head import FLOOR
-from .project import accumulate, exact_products, narrow, operand, row_factor, softcap_slope, tile_weights
+from .project import exact_products, row_factor, softcap_slope, tile_weights
 from .task import Gradients, Result, Task
 
 Kept = list[list[Tensor]]
@@ -58,23 +58,11 @@ def block_gradient(task: Task, result: Result, own: Coefficients, rows: slice, k
         _rows_to_gradient(task, result, own, rows, kept)
     factor = row_factor(head, own.factor, rows)
     with exact_products(head.x):
-        scaled = [
-            None if dw is None else operand(x[rows].to(factor.dtype) * factor, x)
-            for (x, _), dw in zip(head.terms, out.weight, strict=True)
-        ]
         for j, (start, stop) in enumerate(task.tiles(head)):
             dz = kept[0][j][:n]
             if not own.rowwise:
                 dz = gradient_tile(task, own, dz, kept[1][j][:n] if own.pairs and stop <= task.edge else None, start, rows)
-            if out.bias is not None:
-                out.bias[start:stop].addmv_(dz.mT, factor.squeeze(1))
-            weights = tile_weights(head, start, stop)
-            for (x, _), weight, its, dx, dw in zip(head.terms, weights, scaled, out.x, out.weight, strict=True):
-                narrowed = narrow(dz, x)
-                if dx is not None:
-                    accumulate(dx[rows], narrowed, weight, add=j > 0)
-                if dw is not None:
-                    accumulate(dw[start:stop], narrowed.mT, its, add=True)
+            out.add_tile(head, tile_weights(head, start, stop), dz, rows, start, factor)
     for dx in out.x:
         if dx is not None:
             dx[rows] *= factor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .fold import State
 from .head import Head, Rowwise, Separable, common
+from .project import accumulate, narrow, operand
 
 Block = tuple[slice, slice]
 """(tokens, the same with padding)"""
@@ -102,10 +103,21 @@ class Need:
 
     bias: bool
 
+    @classmethod
+    def of(cls, head: Head) -> Need:
+        """As things stand."""
+        wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head.tensors]
+        return cls(x=wanted[2::2], weight=wanted[3::2], bias=wanted[0])
+
     @property
     def head(self) -> bool:
         """Whether the head itself is trained."""
         return self.bias or any(self.weight)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is."""
+        return self.head or any(self.x)
 
 
 @dataclass
@@ -133,6 +145,29 @@ class Gradients:
             [sums(weight, needed) for (_, weight), needed in zip(head.terms, need.weight, strict=True)],
             sums(head.bias, True) if need.bias else None,
         )
+
+    def add_tile(self, head: Head, weights: list[Tensor], dz: Tensor, rows: slice, start: int, factor: Tensor) -> None:
+        """Add to sums what a tile of derivatives in the logits gives; what goes to x still lacks the factor.
+
+        Args:
+            weights: of the tile, as operands.
+            dz: [n, C] derivatives over `factor`, for the tokens `rows` and the items from `start`.
+            factor: [n, 1]
+        """
+        items = slice(start, start + dz.shape[1])
+        if self.bias is not None:
+            self.bias[items].addmv_(dz.mT, factor.squeeze(1))
+        for (x, _), weight, dx, dw in zip(head.terms, weights, self.x, self.weight, strict=True):
+            narrowed = narrow(dz, x)
+            if dx is not None:
+                accumulate(dx[rows], narrowed, weight, add=True)
+            if dw is not None:
+                accumulate(dw[items], narrowed.mT, operand(x[rows].to(factor.dtype) * factor, x), add=True)
+
+    def like(self, head: Head) -> list[Tensor | None]:
+        """In the order and the dtypes of `head.tensors`; the temperature has none."""
+        found = [self.bias, None, *(tensor for term in zip(self.x, self.weight, strict=True) for tensor in term)]
+        return [None if d is None else d.to(own.dtype) for d, own in zip(found, head.tensors, strict=True)]
 
 
 @dataclass
