@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tiny import tiny_tokenizer
+from tiny_models import tiny
 
 from posttrain import docs, registry
 from posttrain.cli import main
 from posttrain.nested import nested_settings
 from posttrain.objectives.preference.wpo import LOSS, WPOConfig
 from posttrain.recipe import Run, load_run
+from posttrain.records import read_metrics
 from posttrain.schema import UserError
 
 DPO = {"name": "dpo", "beta": 0.01, "divergence": "reverse_kl", "label_smoothing": 0.0}
@@ -96,3 +99,25 @@ def test_help_and_show_list_the_names_and_the_settings_of_the_default() -> None:
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0
         assert all(f"{flag}  " in result.stdout for flag in rows), result.stdout
+
+
+def test_check_and_a_run_over_a_loss_without_reference(tmp_path: Path) -> None:
+    """What the inner loss reads decides what is loaded; the folder says which loss it was."""
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": f"ab {i}?", "chosen": f"yes {i}", "rejected": f"no {i} ab"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    words = ["--model", tmp_path / "model", "--data", tmp_path / "pairs.jsonl", "--loss.name", "simpo", "--loss.gamma", "0.2"]
+    words += ["--train.max_steps", "1", "--train.output_dir", tmp_path / "out"]
+    words = [str(word) for word in words]
+    checked = CliRunner().invoke(main, ["check", "--objective", "wpo", *words])
+    assert checked.exit_code == 0, checked.output
+    assert "{'name': 'simpo', 'beta': 2.0, 'gamma': 0.2}" in checked.stdout
+    trained = CliRunner().invoke(main, ["wpo", *words])
+    assert trained.exit_code == 0, trained.output
+    resolved = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert resolved["objective"]["loss"] == {"name": "simpo", "beta": 2.0, "gamma": 0.2}
+    (logs, *_) = read_metrics(tmp_path / "out")
+    assert 0 < logs["wpo/weight/p10"] <= logs["wpo/weight/p90"] <= logs["wpo/weight/max"] and 0 < logs["wpo/weight/ess"] <= 1
+    assert "kl" not in logs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from golden import close, golden
+from golden import close, golden, tensor
+from hand import completions, slopes
 
 from posttrain.objectives.preference.tdpo import TDPOConfig, tdpo
 from posttrain.recipe import load_run
@@ -44,6 +46,41 @@ def test_version_2_holds_the_chosen_kl() -> None:
     tdpo(TDPOConfig(beta=0.5), batch).values.sum().backward()
     assert batch.chosen["forward_kl"].grad is None
     close(batch.rejected["forward_kl"].grad, [0.25 / (1 + math.exp(0.9))])
+
+
+def test_version_2_on_the_statistics_of_the_authors_code() -> None:
+    """With alpha 1 its values and its gradient on the rejected side are those of version 1. On the chosen side, without the KL,
+    it is -beta * sigmoid(-margin) * (1[v = y_t] - p_v) at each token."""
+    official = golden("tdpo1")
+    beta, half = official.inputs["beta"], len(official.policy_logits) // 2
+    loss = tdpo(TDPOConfig(beta=beta, version=2, alpha=1.0), official.pairs(["forward_kl"]))
+    close(loss.values, official.outputs["per_example_losses"])
+    (gradient,) = torch.autograd.grad(loss.values.mean(), official.policy_logits)
+    close(gradient[half:], official.outputs["grad_policy_logits"][half:])
+    p = official.policy_logits[:half, :-1].softmax(-1)
+    one = torch.nn.functional.one_hot(official.targets[:half], p.shape[-1])
+    slope = -beta * torch.sigmoid(-loss.metrics["rewards/margins"])[:, None, None] * (one - p) / half
+    close(gradient[:half, :-1], (slope * official.mask[:half, :, None]).tolist())
+    assert (gradient[:half] - tensor(official.outputs["grad_policy_logits"][:half])).abs().max() > 1e-3
+
+
+def test_version_2_by_hand_over_tokens() -> None:
+    """beta 0.5, alpha 0.25. Pair 1: h = 3 over two tokens, K = 0.6, beside h = -1, K = 0.4: rewards 0.5 * 3.15 and 0.5 * -0.9.
+
+    Pair 2: h = 0.5, K = 1, beside h = 2 over two tokens, K = 2: rewards 0.5 * 0.75 and 0.5 * 2.5. The slope of a chosen token
+    is -beta * sigmoid(-margin), of a rejected one the negative of it.
+    """
+    chosen = dataclasses.replace(completions([[1.0, 2.0], [0.5]]), more={"forward_kl": tensor([0.2, 0.4, 1.0])})
+    rejected = dataclasses.replace(completions([[-1.0], [1.5, 0.5]]), more={"forward_kl": tensor([0.4, 0.5, 1.5])})
+    batch = Pairs(chosen=chosen, rejected=rejected)
+    loss = tdpo(TDPOConfig(beta=0.5, alpha=0.25), batch)
+    close(loss.metrics["rewards/chosen"], [1.575, 0.375])
+    close(loss.metrics["rewards/rejected"], [-0.45, 1.25])
+    close(loss.values, [math.log1p(math.exp(-2.025)), math.log1p(math.exp(0.875))])
+    first, second = 0.5 / (1 + math.exp(2.025)), 0.5 / (1 + math.exp(-0.875))
+    ours, theirs = slopes(loss, batch)
+    close(ours, [-first, -first, -second])
+    close(theirs, [first, second, second])
 
 
 @pytest.mark.parametrize(
