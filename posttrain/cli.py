@@ -1,4 +1,4 @@
-"""The command line: `posttrain <objective> [recipe] [--setting value]`, `train`, `check`, `logps`, `show`.
+"""The command line: `posttrain <objective> [recipe] [--setting value]`, `train`, `check`, `logps`, `sample`, `show`.
 
 Flags are the keys of a recipe and go through the parser of recipes (recipe.py); help is read from the declarations. So
 nothing is declared here, and an objective that is added gets its command by existing.
@@ -107,6 +107,25 @@ class RunCommand(click.Command):
         formatter.write_text(_PLACES.replace("\n", " "))
 
 
+class SampleCommand(click.Command):
+    """`posttrain sample`: its help lists the settings by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        from . import docs
+
+        with formatter.section("Settings: run"):
+            formatter.write_dl(
+                [
+                    ("--output  text", "File of JSON lines; a run that was interrupted goes on where it ends.  [required]"),
+                    ("--n  integer > 0", "Completions of each prompt.  [1]"),
+                ]
+            )
+        for title, rows in docs.sampling_sections().items():
+            with formatter.section(f"Settings: {title}"):
+                formatter.write_dl([(f"{row.flag}  {row.type}", f"{row.description}  [{row.default}]") for row in rows])
+
+
 _TAKES_A_RUN = {"ignore_unknown_options": True, "max_content_width": 110}
 
 
@@ -167,6 +186,22 @@ def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> 
 
     precompute(run)
     leave()
+
+
+@main.command(cls=SampleCommand, context_settings=_TAKES_A_RUN)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
+def sample(words: tuple[str, ...]) -> None:
+    """Sample completions of the prompts of a data set into JSON lines.
+
+    posttrain sample --model FOLDER --data prompts.jsonl --n 4 --max_new_tokens 64 --output samples.jsonl
+    """
+    recipe, overrides = read_words(words)
+    from .run import quiet_libraries
+    from .sample import load_sample_run
+    from .sample import sample as fill
+
+    quiet_libraries()
+    fill(load_sample_run(recipe, overrides))
 
 
 @main.command()

@@ -13,7 +13,7 @@ import yaml
 from . import arguments, registry, shipped
 from .nested import Nested, nested_settings
 from .schema import UserError, adapter, suggest
-from .settings import DataConfig, ModelConfig, ReferenceConfig
+from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, SamplingConfig
 
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
 
@@ -43,7 +43,7 @@ def options(kind: type, section: str = "") -> list[Option]:
     rows = []
     for name, entry in schema["properties"].items():
         flag = f"--{section}.{name}" if section else f"--{name}"
-        if section in ("model", "data") and name == "name":
+        if (section, name) in (("model", "name"), ("data", "name"), ("engine", "kind")):
             flag = f"--{section}"
         required = name in schema.get("required", ())
         default = "required" if required else _yaml(defaults[name])
@@ -79,6 +79,16 @@ def sections(objective: registry.Objective) -> dict[str, list[Option]]:
     if objective.reads_reference(objective.config()):
         found["reference"] = options(ReferenceConfig, "reference")
     return found
+
+
+def sampling_sections() -> dict[str, list[Option]]:
+    """Every flag of `posttrain sample`, by section; `--n` and `--output` are told with the command."""
+    return {
+        "sampling": options(SamplingConfig),
+        "engine": options(EngineConfig, "engine"),
+        "model": options(ModelConfig, "model"),
+        "data": options(DataConfig, "data"),
+    }
 
 
 def train_defaults() -> list[Option]:

@@ -189,3 +189,29 @@ class SamplingConfig:
     def truncated(self) -> bool:
         """Whether tokens are left out of the distribution."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What samples completions."""
+
+    kind: Literal["hf", "vllm", "file"] = "hf"
+    """hf: the model in this process; vllm: vLLM, started by this process or a server; file: what was sampled before."""
+
+    batch_size: PositiveInt | None = None
+    """hf: completions that are sampled at a time; 32 when absent."""
+
+    url: str | None = None
+    """vllm: address of a server, such as http://localhost:8000; None starts vLLM here."""
+
+    timeout: Positive | None = None
+    """vllm with url: seconds to wait for an answer; 600 when absent."""
+
+    retries: NonNegativeInt | None = None
+    """vllm with url: attempts after a failed one, with growing pauses; 8 when absent, which is a minute and a half."""
+
+    options: dict[str, Any] | None = None
+    """vllm without url: arguments of vllm.LLM, verbatim (dtype, max_model_len, gpu_memory_utilization, ...)."""
+
+    path: str | None = None
+    """file: JSON lines of prompts and completions."""

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "posttrain"
 LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs", "methods"},
-    {"run", "check"},
+    {"run", "check", "sample"},
     {"card", "records", "console", "memory", "references"},
     {"online"},
     {"trainer"},

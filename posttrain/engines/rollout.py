@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..schema import UserError
 from ..settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ def seeds_for(
         return [derived(sampling.seed, version, position) for position in range(len(prompts))]
     assert len(given) == len(prompts), (len(given), len(prompts))
     return list(given)
+
+
+def text_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A completion as the text that it adds to its prompt, without special tokens; a leading space is kept."""
+    before = tokenizer.decode(rollout.prompt, skip_special_tokens=True)
+    both = tokenizer.decode([*rollout.prompt, *rollout.completion], skip_special_tokens=True)
+    if both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(rollout.completion, skip_special_tokens=True)
 
 
 def cut(tokens: Sequence[int], ends: Iterable[int]) -> tuple[list[int], bool]:
