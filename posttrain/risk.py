@@ -141,11 +141,13 @@ def _plain_quantile(z: torch.Tensor, share: float) -> torch.Tensor:
 def _log_mean_exp(lp: torch.Tensor, lq: torch.Tensor, by: float) -> torch.Tensor:
     """[n] log E_q e^(by Z).
 
-    Near 0 it is taken from E_q e^(by Z) - 1, whose rounding errors are relative to itself, so that dividing by a small level
-    does not enlarge them.
+    At a level below 1 and near 0 it is taken from E_q e^(by Z) - 1, whose rounding errors are relative to itself, so that
+    dividing by the level does not enlarge them.
     """
     exponent = by * (lq - lp)
+    far = torch.logsumexp(lq + exponent, -1) - torch.logsumexp(lq, -1)
+    if abs(by) >= 1:
+        return far
     excess = (lq.exp() * torch.expm1(exponent.clamp(max=_LARGEST))).sum(-1)
     near = (excess.abs() < 0.5) & (exponent.amax(-1) < _LARGEST)
-    far = torch.logsumexp(lq + exponent, -1) - torch.logsumexp(lq, -1)
     return torch.where(near, excess.clamp(-0.5, 0.5).log1p(), far)

@@ -10,6 +10,8 @@ from functools import partial
 import pytest
 import torch
 from golden import close, golden, tensor
+from heads import peak_bytes, stats_and_gradients
+from posttrain_kernels import Rowwise
 from torch import Tensor
 
 from posttrain import risk
@@ -206,3 +208,14 @@ def test_the_paper_s_measures_on_every_position_of_a_golden_file() -> None:
         found[name] = vars(risk)[measure](lp, lq, float(mu))
     for name, value in found.items():
         close(value, tensor(file.outputs[name]["per_token"]).flatten().tolist())
+
+
+@pytest.mark.parametrize("name", ["cvar_upper", "erm_upper", "official, split"])
+def test_memory_through_the_kernel_is_the_workspace(name: str) -> None:
+    """Whatever the number of tokens: values and gradients without an [N, V] tensor."""
+    v, workspace = 10_000, 4 << 20
+    want = [Rowwise("risk", lambda lp, lq, target: MEASURES[name](lp, lq))]
+    peaks = {n: peak_bytes(stats_and_gradients(n, v, want, workspace, frozen=False)) for n in (256, 512)}
+    assert peaks[512] <= 4 * v * 16 + 4 * 512 * (2 * 16 + 60) + 3.25 * workspace
+    assert peaks[512] - peaks[256] <= 4 * 256 * (2 * 16 + 60)  # dx and vectors, no multiple of V
+    assert peaks[512] < 4 * 512 * v
