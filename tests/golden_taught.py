@@ -50,6 +50,12 @@ class TaughtGolden:
     student: torch.Tensor
     """[B, T, V] float64 leaf that requires its gradient."""
 
+    params: dict[str, Any]
+    """The settings with which its source ran."""
+
+    official: dict[str, Any]
+    """What the authors' code gives in its own precision, where it ran."""
+
     @property
     def mask(self) -> torch.Tensor:
         """[B, T] bool: the positions that count."""
@@ -83,4 +89,4 @@ def taught_golden(name: str) -> TaughtGolden:
     """The golden file `name`."""
     content = json.loads((_FOLDER / f"{name}.json").read_text())
     student = tensor(content["inputs"]["student_logits"]).requires_grad_()
-    return TaughtGolden(content["inputs"], content["outputs"], student)
+    return TaughtGolden(content["inputs"], content["outputs"], student, content["params"], content["official_check"])

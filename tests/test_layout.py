@@ -30,7 +30,7 @@ LAYERS = [
     {"reference", "engines", "rewards"},
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
-    {"trees", "meter", "mismatch", "recipe", "context", "vocabulary"},
+    {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "advantages", "risk", "nested"},
     {"stats", "registry", "schema"},
