@@ -4,8 +4,9 @@
     w(y) = exp(mean over t of log policy(y_t) - A_t)
     A_t = log sum_v policy(v)^2 (sampled),   log max_v policy(v) (greedy),   0 (none)
 
-So pairs of other models count as if the policy had sampled them. The alignment A_t takes out how sure the policy is: what it
-samples has weights near 1, whatever its entropy. The mean is over pairs, not over weights: unlikely pairs make a small loss.
+So pairs of other models count as if the policy had sampled them. The alignment A_t takes out how sure the policy is: sampled is
+the log of the mean probability of a token it samples, so that its own samples weigh somewhat less than 1 whether it is sure or
+not. The mean of the loss is over pairs, not over weights: where all pairs are unlikely, the loss is small.
 
 L is any loss of pairs that is a function of one pair's log-probs, with or without a reference. Refused are those that rank the
 pairs of a batch (aot), read columns of the data (mmpo, sppo_soft) or divergences over the vocabulary (tdpo). A term of L over
