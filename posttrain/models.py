@@ -8,8 +8,8 @@ modules, so the hooks of DDP, DeepSpeed ZeRO-3, FSDP2 and PEFT fire as in any fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .inside import listening
 from .schema import UserError
 from .settings import ModelConfig
-from .stats import Want
+from .stats import Inside, Want
 from .trees import attention
 from .vocabulary import statistics as vocabulary_statistics
 
@@ -41,10 +42,19 @@ class Request:
     """[N] the tokens."""
 
     want: tuple[Want, ...]
-    """What to compute; empty: return the gathered hidden states under `hidden`."""
+    """What the output head computes; empty: return the gathered hidden states under `hidden`."""
+
+    inside: tuple[Inside, ...] = ()
+    """What to read inside of the layers beside the hidden states, where `want` is empty."""
 
     ref: Head | None = None
     """A second head (reference, teacher) on the same tokens, for divergences."""
+
+    lengths: Tensor | None = None
+    """[B] tokens of each completion: the objective's own module (learned.py) adds its statistics."""
+
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    """What that module reads beside what the head computes."""
 
     impl: str = "auto"
     """Implementation of the kernel."""
@@ -58,13 +68,17 @@ def attach(model: nn.Module) -> None:
     def forward(self: PreTrainedModel, *args: Any, statistics: Request | None = None, **kwargs: Any) -> Any:
         if statistics is None:
             return plain(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state  # [R, T, H]
+        with listening(self, statistics.gather, statistics.inside) as heard:
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state  # [R, T, H]
         x = hidden.flatten(0, 1).index_select(0, statistics.gather)  # [N, H]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not statistics.want:
-            return {"hidden": x}
-        return self.get_output_embeddings()(x, statistics=statistics)
+            return {"hidden": x, **heard(x)}
+        answer = self.get_output_embeddings()(x, statistics=statistics)
+        if statistics.lengths is None:
+            return answer
+        return answer | self.objective({**statistics.given, **answer}, statistics.lengths)
 
     lm.forward = MethodType(forward, lm)
     for head in _head_modules(lm):

@@ -21,11 +21,15 @@ from posttrain_kernels import ONE_HEAD, Head
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .models import Request, evaluating, head_of, model_inputs
+from .inside import name
+from .models import Request, causal_lm, evaluating, head_of, model_inputs
 from .registry import Objective
 from .schema import UserError
+from .stats import Activations
 from .trees import TreeCollator
+from .vocabulary import mean_logits
 
 _VERSION = "1"
 _SHARD_TOKENS = 2_000_000
@@ -37,7 +41,13 @@ class FrozenModel:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.lm = causal_lm(model)
         self.description = f"frozen model {name}"
+
+    def body(self, model: nn.Module) -> PreTrainedModel:
+        """The transformers model that answers; `model` is the policy."""
+        del model
+        return self.lm
 
     def prepare(self, accelerator: Any) -> None:
         """Move it to the device; under ZeRO-3 partition it as the policy is."""
@@ -59,15 +69,20 @@ class FrozenModel:
         with torch.no_grad():
             return self.model(**inputs, statistics=request)
 
-    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> Head:
-        """Its output head on those tokens, for divergences."""
-        return head_of(self.model, self.answer(model, inputs, request)["hidden"])
+    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> tuple[Head, dict[str, Tensor]]:
+        """Its output head on those tokens, for divergences, and what it says of its inside."""
+        told = self.answer(model, inputs, request)
+        return _with_logits(head_of(self.lm, told.pop("hidden")), told, request)
 
 
 class AdapterOff:
     """The policy with its adapter switched off."""
 
     description = "the policy with its adapter off"
+
+    def body(self, model: nn.Module) -> PreTrainedModel:
+        """The transformers model that answers; `model` is the policy."""
+        return causal_lm(model)
 
     def prepare(self, accelerator: Any) -> None:
         """Nothing: it is the policy."""
@@ -77,11 +92,11 @@ class AdapterOff:
         with torch.no_grad(), evaluating(model), model.disable_adapter():
             return model(**inputs, statistics=request)
 
-    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> Head:
-        """Its output head on those tokens, for divergences."""
-        hidden = self.answer(model, inputs, request)["hidden"]
+    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> tuple[Head, dict[str, Tensor]]:
+        """Its output head on those tokens, for divergences, and what it says of its inside."""
+        told = self.answer(model, inputs, request)
         with model.disable_adapter():
-            return head_of(model, hidden)
+            return _with_logits(head_of(model, told.pop("hidden")), told, request)
 
 
 class CachedLogps:
@@ -96,6 +111,10 @@ class CachedLogps:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def body(self, model: nn.Module) -> PreTrainedModel:
+        """The policy, for want of another model."""
+        return causal_lm(model)
 
     def prepare(self, accelerator: Any) -> None:
         """Nothing: the log-probs come with the batch."""
@@ -156,9 +175,17 @@ class CachedLogps:
             _write_shard(self.folder, shard)
 
 
+def _with_logits(head: Head, told: dict[str, Tensor], request: Request) -> tuple[Head, dict[str, Tensor]]:
+    """What a model says of its inside, completed by what only its output head can say."""
+    if Activations(of="logits") in request.inside:
+        with torch.no_grad():
+            told |= {name("logits"): mean_logits(head)[:, None]}
+    return head, told
+
+
 def reads_vocabulary(objective: Objective, config: Any) -> bool:
-    """Whether an objective reads the reference over the whole vocabulary, for which cached log-probs do not do."""
-    return objective.reads_reference(config) and any(name not in ONE_HEAD for name in objective.want(config))
+    """Whether an objective reads the reference over the whole vocabulary, or inside, for which cached log-probs do not do."""
+    return objective.reads_reference(config) and any(entry not in ONE_HEAD for entry in objective.want(config))
 
 
 def fingerprint(name: str, model: nn.Module, dtype: str) -> str:

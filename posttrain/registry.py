@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .schema import UserError, suggest
 
 if TYPE_CHECKING:
-    from .stats import Want
+    from .stats import Learned, Want
 
 OBJECTIVES: dict[str, Objective] = {}
 
@@ -60,6 +60,13 @@ class Objective:
     advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None
     """`(config, columns of the training set) -> warnings`: what in the data speaks against the settings, one line each."""
 
+    learned: Learned | None
+    """Parameters of its own and what they say of each token."""
+
+    watch: Callable[[Any, Mapping[str, float]], Sequence[str]] | None
+    """`(config, metrics of a log) -> warnings`: what in them says that the training goes wrong and what to change, one line
+    each; each line is shown once."""
+
     coupled: bool
     """Whether rows of one micro-batch affect each other's loss, so that it depends on how a batch is split."""
 
@@ -79,6 +86,8 @@ def objective(
     before_reads: Sequence[str] = (),
     state: Callable[[Any, Mapping[str, float], Mapping[str, float]], Mapping[str, float]] | None = None,
     advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None = None,
+    learned: Learned | None = None,
+    watch: Callable[[Any, Mapping[str, float]], Sequence[str]] | None = None,
     coupled: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
@@ -91,6 +100,8 @@ def objective(
         before_reads: roles that `before` reads beside the family's early ones.
         state: numbers carried from step to step, given the context and the means of the step.
         advise: warnings from the settings and the columns of the training set; of a stream, which has no end, not asked.
+        learned: parameters of its own.
+        watch: warnings from the settings and the metrics of a log.
         coupled: rows of a micro-batch affect each other's loss.
 
     Raises:
@@ -117,6 +128,8 @@ def objective(
             before_reads=before_reads,
             state=state,
             advise=advise,
+            learned=learned,
+            watch=watch,
             coupled=coupled,
             document=inspect.cleandoc(sys.modules[function.__module__].__doc__ or ""),
         )

@@ -11,12 +11,28 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import torch
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def rescaled(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Values of tokens brought to [0, 1] by the least and the largest of each completion; 1 where a completion's are all equal.
+
+    Args:
+        values: [N] or [N, k], each column by itself; in float32 or better.
+        lengths: [B] tokens of each completion, summing to N.
+    """
+    low, high = (
+        torch.segment_reduce(values, kind, lengths=lengths, unsafe=True).repeat_interleave(lengths, 0)
+        for kind in ("min", "max")
+    )
+    spread = high - low
+    return torch.where(spread > 0, (values - low) / spread.masked_fill(spread == 0, 1), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +87,24 @@ class Top:
     """Divides the logits of both models."""
 
 
-Want = str | Sum | Rowwise | Top
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What the reference's layers say of each token, `reference_states` [N, L, H]: the hidden state after each of its L decoder
+    layers, the last one after the final norm; in the dtype it computes in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """The mean over features of what one kind of module in each of the reference's layers puts out, `reference_<of>` [N, L]."""
+
+    of: Literal["mlp", "attention", "residual", "logits"]
+    """The MLP, the attention, the layer itself; or, once for the model [N, 1], the output head before any soft-cap."""
+
+
+Inside = States | Activations
+"""What is read inside of the reference, for which neither log-probs nor an output head do."""
+
+Want = str | Sum | Rowwise | Top | Inside
 """What an objective asks for beyond log-probs: a statistic of the kernel or a divergence of divergences.py, by name, or one of
 the above."""
 
@@ -220,6 +253,45 @@ def columns_of(family: type) -> list[str]:
     """The numbers a family takes from each row of data: its fields annotated `Tensor`."""
     hints = typing.get_type_hints(family)
     return [field.name for field in dataclasses.fields(family) if hints[field.name] is torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the shapes of an objective's own parameters follow from."""
+
+    hidden: int
+    """Width of the policy."""
+
+    vocabulary: int
+    """Items of its vocabulary."""
+
+    reference_hidden: int
+    """Width of the reference."""
+
+    reference_layers: int
+    """Decoder layers of the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """Parameters of an objective's own, trained beside the policy, and what they say of each token: functions of its config.
+
+    The trainer makes them a module of the policy, in float32 or better: optimised, sharded, saved and resumed with it, and left
+    out of the exported model.
+    """
+
+    start: Callable[[Any, Sizes], Mapping[str, torch.Tensor]]
+    """(config, sizes) -> what each parameter starts as, drawn from torch's generator; none where these settings need none."""
+
+    statistics: Callable[[Any, Mapping[str, torch.Tensor], Completions], Mapping[str, torch.Tensor]]
+    """(config, parameters, completions of one or several roles end to end) -> further statistics of their N tokens, [N] or
+    [N, k] each, by name."""
+
+    learning_rate: Callable[[Any], float | None] = lambda _config: None
+    """From the config; None is the run's."""
+
+    weight_decay: Callable[[Any], float] = lambda _config: 0.0
+    """From the config."""
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,20 @@ tokens), over accumulation steps and processes alike: `get_batch_samples` sees e
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from . import context
+from . import context, learned
+from .inside import refuse_unknown
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, causal_lm, evaluating, model_inputs
@@ -24,8 +28,10 @@ from .reference import AdapterOff, CachedLogps, FrozenModel, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
-from .stats import Completions, Loss, bound, columns_of, roles_of
+from .stats import Completions, Inside, Loss, bound, columns_of, roles_of
 from .trees import Collator, TreeCollator, attention_scale
+
+log = logging.getLogger("posttrain")
 
 
 class Trainer(transformers.Trainer):
@@ -62,7 +68,9 @@ class Trainer(transformers.Trainer):
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
         self.early_roles = [*early_roles(objective), *objective.before_reads]
-        self.want = ("logp", *objective.want(config))
+        want = objective.want(config)
+        self.inside = tuple(entry for entry in want if isinstance(entry, Inside))
+        self.want = ("logp", *(entry for entry in want if entry not in self.inside))
         self.reads_reference = objective.reads_reference(config)
         self.needs_reference_head = reads_vocabulary(objective, config)
         assert not (self.needs_reference_head and isinstance(reference, CachedLogps)), "references.kind_of refuses this"
@@ -70,14 +78,21 @@ class Trainer(transformers.Trainer):
             raise UserError(
                 "launch: several GPUs are visible to one process; start one per GPU: --launch ddp, or set one visible"
             )
+        if self.inside:
+            refuse_unknown(reference.body(model), self.inside)
         self.layout, self.starts_at_reference = layout, starts_at_reference
         self.model_config = causal_lm(model).config
+        theirs = self.model_config if reference is None else reference.body(model).config
+        self.own = learned.add(model, objective, config, theirs, args.seed)
         self.meter, self.eval_meter = Meter(), Meter()
         self._eval_scalars: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
         super().__init__(model=model, args=args, data_collator=self.collator(), **kwargs)
         after = None if objective.state is None else partial(objective.state, config)
         self.context = context.Context(self.accelerator, after)
         self.add_callback(self.context)
+        if self.own is not None and not self.is_deepspeed_enabled:
+            self.add_callback(learned.Kept(self.own))
         if reference is not None:
             reference.prepare(self.accelerator)
         self.add_callback(SelfCheck(self))
@@ -103,37 +118,39 @@ class Trainer(transformers.Trainer):
         inputs = model_inputs(inner, batch, self.data_collator.layout)
         want = tuple(bound(self.want, scalars))
         request = Request(gather=batch["gather"], targets=batch["targets"], want=want, impl=self.impl)
-        reference_logps = batch.get("reference_logps")
-        if self.reference is not None and reference_logps is None:
-            ask = dataclasses.replace(request, want=("logp",))
-            if self.needs_reference_head:
-                head = self.reference.head(inner, inputs, dataclasses.replace(request, want=()))
-                request = dataclasses.replace(request, ref=head, want=(*want, "ref_logp"))
-            else:
-                reference_logps = self.reference.answer(inner, inputs, ask)["logp"]
-        answer = model(**inputs, statistics=request)
-        if self.needs_reference_head:
-            reference_logps = answer.pop("ref_logp")
-        completions = self._completions(roles, batch, answer, reference_logps)
+        request = self._referring(request, inner, inputs, batch)
+        if self.own is not None:
+            request = dataclasses.replace(request, lengths=torch.cat([batch[f"lengths.{role}"] for role in roles]))
+        answer = {**request.given, **model(**inputs, statistics=request)}
+        completions = self._completions(roles, batch, answer)
         columns = {name: batch[f"row.{name}"] for name in self.columns}
         return self.objective.family(**{**dict.fromkeys(self.roles), **completions, **columns}, context=scalars)
 
-    def _completions(
-        self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor], reference_logps: Tensor | None
-    ) -> dict[str, Completions]:
+    def _referring(self, request: Request, inner: nn.Module, inputs: dict[str, Any], batch: dict[str, Tensor]) -> Request:
+        """The request with what the reference has to say of its tokens: its output head, or its log-probs."""
+        if self.needs_reference_head:
+            asked = dataclasses.replace(request, want=(), inside=self.inside)
+            head, given = self.reference.head(inner, inputs, asked)
+            return dataclasses.replace(request, ref=head, want=(*request.want, "ref_logp"), given=given)
+        if "reference_logps" in batch:
+            return dataclasses.replace(request, given={"ref_logp": batch["reference_logps"]})
+        if self.reference is None:
+            return request
+        answer = self.reference.answer(inner, inputs, dataclasses.replace(request, want=("logp",)))
+        return dataclasses.replace(request, given={"ref_logp": answer["logp"]})
+
+    def _completions(self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor]) -> dict[str, Completions]:
+        """The statistics of each role, cut from those of all tokens."""
         lengths = [batch[f"lengths.{role}"] for role in roles]
         sizes = [int(n.sum()) for n in lengths]
+        nothing = (None,) * len(sizes)
         parts = {name: values.split(sizes) for name, values in answer.items()}
-        logps = parts.pop("logp")
-        if not self.reads_reference or reference_logps is None:
-            reference = [None] * len(sizes)
-        else:
-            reference = reference_logps.detach().split(sizes)
+        logps, reference = parts.pop("logp"), parts.pop("ref_logp", nothing)
         return {
             role: Completions(
                 logps=logps[i],
                 lengths=lengths[i],
-                reference_logps=reference[i],
+                reference_logps=None if reference[i] is None else reference[i].detach(),
                 more={name: split[i] for name, split in parts.items()},
             )
             for i, role in enumerate(roles)
@@ -233,9 +250,34 @@ class Trainer(transformers.Trainer):
         output.metrics[f"{prefix}_loss"] = sum(terms)
         return output
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As inherited, with the objective's own parameters in a group of their own."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.own is not None:
+            learned.optimise_apart(optimizer, self.own, self.args.learning_rate)
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As inherited; the objective's own parameters are those of the checkpoint, too."""
+        if self.own is not None and resume_from_checkpoint and not self.is_deepspeed_enabled:
+            asked = resume_from_checkpoint
+            learned.load(self.own, Path(get_last_checkpoint(self.args.output_dir) if asked is True else asked))
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As inherited, with the metrics since the last training log."""
         if "loss" in logs:
             logs = {**logs, **self.meter.reduce(self.accelerator), **self.meter.rates(self.accelerator)}
             self.meter.clear()
+            self._warn(logs)
         super().log(logs, start_time)
+
+    def _warn(self, logs: dict[str, float]) -> None:
+        """What the objective has to say of the metrics, each line once."""
+        if self.objective.watch is None or not self.is_world_process_zero():
+            return
+        for line in self.objective.watch(self.config, logs):
+            if line not in self._warned:
+                self._warned.add(line)
+                log.warning("step %d: %s", self.state.global_step, line)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import posttrain_kernels as kernels
+import torch
 from posttrain_kernels import Head
 from torch import Tensor
 
@@ -32,6 +33,13 @@ def statistics(
         part = [entry for entry in want if _temperature(entry) == temperature]
         out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), impl)
     return out
+
+
+def mean_logits(head: Head) -> Tensor:
+    """[N] the mean over the vocabulary of a head's logits before scale and soft-cap, by the mean of the rows of its weight."""
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    mean = head.x.to(dtype) @ head.weight[: head.size].mean(0, dtype=dtype)
+    return mean if head.bias is None else mean + head.bias[: head.size].mean(dtype=dtype)
 
 
 def _at(head: Head, want: Sequence[Want], targets: Tensor, ref: Head | None, impl: str) -> dict[str, Tensor]:

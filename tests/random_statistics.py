@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rows import by_definition
+from rows import LAYERS, by_definition
 from torch.overrides import TorchFunctionMode
 
+from posttrain.learned import Own
 from posttrain.mismatch import early_roles
 from posttrain.registry import Objective
-from posttrain.stats import Completions, Loss, Want, columns_of
+from posttrain.stats import Completions, Loss, Sizes, Want, columns_of
 from posttrain.stats import roles_of as roles
 
 VOCABULARY = 7
@@ -38,9 +39,12 @@ class Drawn(Completions):
     want: Sequence[Want]
     """What is in `more`."""
 
+    own: Own | None
+    """The objective's own parameters, which add to `more`."""
+
     def replaced(self, **changes: Any) -> Drawn:
         """The completions of other logits, targets or lengths."""
-        same = {name: getattr(self, name) for name in ("policy", "reference", "targets", "lengths", "want")}
+        same = {name: getattr(self, name) for name in ("policy", "reference", "targets", "lengths", "want", "own")}
         return drawn(**{**same, **changes}, dtype=self.logps.dtype)
 
 
@@ -51,10 +55,12 @@ def drawn(
     targets: torch.Tensor,
     lengths: torch.Tensor,
     want: Sequence[Want],
+    own: Own | None,
     dtype: torch.dtype,
 ) -> Drawn:
     """The completions of these logits, their statistics by definition and then rounded to `dtype`."""
     exact = by_definition(policy, reference, targets, ["logp", "ref_logp", *want])
+    exact |= {} if own is None else own(exact, lengths)
     more = {name: values.to(dtype) if values.is_floating_point() else values for name, values in exact.items()}
     logps, reference_logps = more.pop("logp"), more.pop("ref_logp")
     return Drawn(
@@ -66,7 +72,20 @@ def drawn(
         reference=reference,
         targets=targets,
         want=want,
+        own=own,
     )
+
+
+def own_of(objective: Objective, config: Any) -> Own | None:
+    """The objective's own parameters, at random, for statistics of `random_statistics`."""
+    if objective.learned is None:
+        return None
+    sizes = Sizes(hidden=VOCABULARY, vocabulary=VOCABULARY, reference_hidden=VOCABULARY, reference_layers=LAYERS)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        values = objective.learned.start(config, sizes)
+        moved = {name: value.double() + 0.1 * torch.rand(value.shape, dtype=torch.float64) for name, value in values.items()}
+    return Own(objective.learned, config, moved) if values else None
 
 
 def random_statistics(
@@ -75,6 +94,7 @@ def random_statistics(
     seed: int = 0,
     rows: int = 4,
     want: Sequence[Want] = (),
+    own: Own | None = None,
     dtype: torch.dtype = torch.float64,
     early: Sequence[str] = (),
 ) -> Any:
@@ -90,7 +110,8 @@ def random_statistics(
         logits = lambda: torch.randn(n, VOCABULARY, generator=generator, dtype=torch.float64)  # noqa: E731
         targets = torch.randint(VOCABULARY, (n,), generator=generator)
         policy, reference = logits().requires_grad_(), logits()
-        return drawn(policy=policy, reference=reference, targets=targets, lengths=lengths, want=want, dtype=dtype)
+        sides = {"policy": policy, "reference": reference, "targets": targets}
+        return drawn(**sides, lengths=lengths, want=want, own=own, dtype=dtype)
 
     def column(name: str) -> torch.Tensor:
         steps = 256 if name in FRACTIONS else 1

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from posttrain.divergences import divergence
-from posttrain.stats import Rowwise, Sum, Top, Want
+from posttrain.stats import Activations, Inside, Rowwise, States, Sum, Top, Want
+
+LAYERS = 2
+"""Of the reference, as far as statistics of its inside are made up."""
 
 
 def by_definition(policy: Tensor, reference: Tensor, targets: Tensor, want: Sequence[Want]) -> dict[str, Tensor]:
     """Statistics of N tokens by name, differentiable to the logits of the policy.
+
+    Those of the reference's inside are made up from its log-probs: states as wide as the vocabulary.
 
     Args:
         policy, reference: [N, V] logits.
@@ -19,7 +25,7 @@ def by_definition(policy: Tensor, reference: Tensor, targets: Tensor, want: Sequ
     """
     out: dict[str, Tensor] = {}
     for entry in want:
-        temperature = 1.0 if isinstance(entry, str) else entry.temperature
+        temperature = 1.0 if isinstance(entry, (str, Inside)) else entry.temperature
         lp, lq = ((logits / temperature).log_softmax(-1) for logits in (policy, reference))  # [N, V]
         out |= _entry(entry, lp, lq, targets)
     return out
@@ -31,6 +37,10 @@ def _entry(entry: Want, lp: Tensor, lq: Tensor, targets: Tensor) -> dict[str, Te
             return {entry.name: entry.summand(lp, lq).sum(-1)}
         case Rowwise():
             return {entry.name: entry.f(lp, lq, targets)}
+        case States():
+            return {"reference_states": torch.stack([(layer + 1) * lq + lq.sin() for layer in range(LAYERS)], 1)}
+        case Activations():
+            return {f"reference_{entry.of}": lq[:, :LAYERS] if entry.of != "logits" else lq.mean(-1, keepdim=True)}
         case Top():
             reference_logps, ids = lq.topk(min(entry.k, lq.shape[-1]))
             return {"top_ids": ids, "top_reference_logps": reference_logps, "top_logps": lp.gather(-1, ids)}

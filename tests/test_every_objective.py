@@ -16,6 +16,7 @@ from random_statistics import (
     context_of,
     each,
     leaves,
+    own_of,
     random_statistics,
     roles,
     state_of,
@@ -34,7 +35,8 @@ every_objective = pytest.mark.parametrize("objective", [find(name) for name in n
 
 def statistics_for(objective: Objective, *, start: bool = False, **options: Any) -> Any:
     """Random statistics with their context; `start`: where the policy equals the reference."""
-    options["want"] = bound(objective.want(objective.config()), state_of(objective))
+    config = objective.config()
+    options |= {"want": bound(objective.want(config), state_of(objective)), "own": own_of(objective, config)}
     statistics = random_statistics(objective.family, **options)
     return context_of(objective, at_reference(statistics) if start else statistics, start=start, **options)
 

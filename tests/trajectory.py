@@ -58,6 +58,8 @@ PROBE = Objective(
     before_reads=(),
     state=None,
     advise=None,
+    learned=None,
+    watch=None,
     coupled=False,
     document="",
 )
