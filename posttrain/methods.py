@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import registry
 from .schema import UserError
-from .stats import Top, Want, columns_of
+from .stats import Inside, States, Top, Want, columns_of
 
 MARKS = ("<!-- methods: from `posttrain show --table README.md` -->", "<!-- end of methods -->")
 """The lines between which a file has the table of methods."""
@@ -61,12 +61,20 @@ def _start(document: str) -> str:
 def _needs(objective: registry.Objective) -> str:
     """What an objective with default settings takes beyond the policy's log-probs of pairs."""
     columns = [f"`{name}`" for name in columns_of(objective.family)]
-    wanted = [f"`{_statistic(one)}`" for one in objective.want(objective.config())]
-    needs = ["reference"] if objective.reads_reference(objective.config()) else []
+    config = objective.config()
+    inside = [one for one in objective.want(config) if isinstance(one, Inside)]
+    wanted = [f"`{_statistic(one)}`" for one in objective.want(config) if one not in inside]
+    needs = ["reference"] if objective.reads_reference(config) else []
     needs += [f"over the vocabulary: {', '.join(wanted)}"] if wanted else []
+    needs += [f"inside the reference: {', '.join(map(_inside, inside))}"] if inside else []
+    needs += ["parameters of its own"] if objective.learned is not None else []
     needs += [f"column {', '.join(columns)}"] if columns else []
     needs += ["a pass before each step"] if objective.before is not None else []
     return "; ".join(needs)
+
+
+def _inside(want: Inside) -> str:
+    return "states" if isinstance(want, States) else want.of
 
 
 def _statistic(want: Want) -> str:
