@@ -1,8 +1,12 @@
-"""Log-probs of target tokens and their gradient, side by side: naive log-softmax, TRL's ChunkedLogProbFunction, and our kernel.
+"""Statistics of vocabulary heads and their gradient, side by side: plain torch on all logits, TRL's kernels, and ours.
 
-    python -m benchmarks.kernel [--tokens 1024] [--hidden 576] [--vocab 49152] [--dtypes float32,bfloat16] [--rounds 3]
+    python -m benchmarks.kernel [--statistics logp] [--tokens 1024] [--hidden 576] [--vocab 49152] [--rounds 3]
+    python -m benchmarks.kernel --statistics forward_kl,reverse_kl,jsd,akl [--teacher-hidden 960] [--vocab 151936]
 
-Cases: `trained` (gradients to hidden states and weight), `frozen` (to hidden states only), `forward` (no gradient).
+Statistics: `logp` of target tokens (the upstream gradients are random); of a student and a teacher head `forward_kl`,
+`reverse_kl`, `jsd` (the generalised Jensen-Shannon divergence at 0.5) and `akl`, an adaptive KL that sorts each token's row
+(the upstream gradients are 1, those of a sum over tokens). `ours` takes gradients in the backward, `eager` in the forward.
+Cases: `trained` (gradients to the student's hidden states and weight), `frozen` (to its hidden states), `forward` (none).
 Every measurement runs in a process of its own, which makes its inputs, does one call for the peak memory (high water minus
 what was held before the call, the results included) and repeats the call for the time; the peers alternate over the rounds.
 The table gives medians, and ratios to the naive form. All peers get the same inputs; their results are compared, and a
@@ -20,40 +24,108 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATISTICS = ("logp", "forward_kl", "reverse_kl", "jsd", "akl")
 CASES = ("trained", "frozen", "forward")
 PEERS = {
-    "naive": "log_softmax + gather",
+    "naive": "all logits",
     "naive32": "the same, float32 products",
-    "trl": "TRL ChunkedLogProbFunction",
+    "trl": "TRL",
     "ours": "posttrain_kernels",
+    "eager": "posttrain_kernels, eager",
 }
+SHAPE = ("tokens", "hidden", "teacher_hidden", "vocab", "seconds", "threads")
+"""Options that every measurement gets."""
+
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """Relative, between two peers: bfloat16 logits are wrong in the third digit."""
 
 
-def peer(name: str) -> Callable:
-    """(x, weight, target) -> [N] log-probs."""
-    import torch
+def there_is(peer: str, statistic: str, dtype: str, case: str) -> bool:
+    """Whether a form computes a statistic, and is not another one in disguise."""
+    match peer:
+        case "naive32":
+            return dtype != "float32"
+        case "trl":
+            return statistic != "akl"
+        case "eager":
+            return statistic != "logp" and case == "trained"
+        case _:
+            return True
 
-    def naive(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+
+def peer_of_logp(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x, weight, target) -> [N] log-probs."""
+
+    def naive(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return (x @ weight.T).float().log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
-    def naive32(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def naive32(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return naive(x.float(), weight.float(), target)
 
-    def trl(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def trl(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
         return ChunkedLogProbFunction.apply(x, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
 
-    def ours(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def ours(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         from posttrain_kernels import Head, head_stats
 
         return head_stats(Head(x, weight), ["logp"], target=target)["logp"]
 
     return {"naive": naive, "naive32": naive32, "trl": trl, "ours": ours}[name]
+
+
+def adaptive(lp: Tensor, lq: Tensor, target: Tensor | None) -> Tensor:
+    """[n] forward and reverse KL, weighted by how far the models are apart on the likelier half of the teacher, as in AKL."""
+    import torch
+
+    q = lq.exp()
+    with torch.no_grad():
+        ordered, order = q.sort(-1, descending=True)
+        inside = ordered.cumsum(-1) - ordered < 0.5
+        gap = (lp.exp() - q).abs_()
+        share = (gap.gather(1, order) * inside).sum(-1) / gap.sum(-1)
+    return share * (q * (lq - lp)).sum(-1) + (1 - share) * (lp.exp() * (lp - lq)).sum(-1)
+
+
+def peer_of_two(name: str, statistic: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """(x, weight, x of the teacher, weight of the teacher) -> [N] values of a statistic of two heads."""
+    from posttrain.divergences import divergence
+
+    declared = None if statistic == "akl" else divergence({"jsd": "jsd:0.5"}.get(statistic, statistic))
+
+    def naive(x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor) -> Tensor:
+        lp = (x @ weight.T).float().log_softmax(-1)
+        lq = (x_teacher @ weight_teacher.T).float().log_softmax(-1)
+        return adaptive(lp, lq, None) if declared is None else declared.summand(lp, lq).sum(-1)
+
+    def naive32(*tensors: Tensor) -> Tensor:
+        return naive(*(tensor.float() for tensor in tensors))
+
+    def trl(x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor) -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        beta = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}[statistic]
+        return ChunkedDivergenceFunction.apply(x, weight, None, x_teacher, weight_teacher, None, beta)[0]
+
+    def ours(x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor) -> Tensor:
+        from posttrain_kernels import KLS, Head, Rowwise, Separable, head_stats
+
+        if declared is None:
+            entry = Rowwise(statistic, adaptive)
+        else:
+            entry = KLS.get(statistic) or Separable(statistic, declared.summand, declared.slope)
+        eager = statistic if name == "eager" else None
+        return head_stats(Head(x, weight), [entry], ref=Head(x_teacher, weight_teacher), eager=eager)[statistic]
+
+    return {"naive": naive, "naive32": naive32, "trl": trl, "ours": ours, "eager": ours}[name]
 
 
 def held() -> int:
@@ -71,14 +143,24 @@ def worker(options: argparse.Namespace) -> None:
     form = {"dtype": getattr(torch, options.dtype), "device": "cuda" if cuda else "cpu"}
     x = torch.empty(options.tokens, options.hidden, **form).normal_().requires_grad_(options.case != "forward")
     weight = torch.empty(options.vocab, options.hidden, **form).normal_(std=0.1).requires_grad_(options.case == "trained")
-    target = torch.randint(0, options.vocab, (options.tokens,), device=x.device)
-    upstream = torch.randn(options.tokens, device=x.device)
+    if options.statistic == "logp":
+        values = peer_of_logp(options.peer)
+        rest = [torch.randint(0, options.vocab, (options.tokens,), device=x.device)]
+        upstream = torch.randn(options.tokens, device=x.device)
+    else:
+        values = peer_of_two(options.peer, options.statistic)
+        width = options.teacher_hidden or options.hidden
+        rest = [
+            torch.empty(options.tokens, width, **form).normal_(),
+            torch.empty(options.vocab, width, **form).normal_(std=0.1),
+        ]
+        upstream = torch.ones(options.tokens, device=x.device)
     leaves = [tensor for tensor in (x, weight) if tensor.requires_grad]
-    logps = peer(options.peer)
-    logps(x[:8].detach(), weight.detach(), target[:8])  # imports, thread pools
+    few = (x[:8].detach(), weight.detach(), rest[0][:8], *rest[1:])
+    values(*few)  # imports, thread pools
 
-    def call() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        out = logps(x, weight, target)
+    def call() -> tuple[Tensor, list[Tensor]]:
+        out = values(x, weight, *rest)
         gradients = list(torch.autograd.grad(out, leaves, upstream.to(out.dtype))) if leaves else []
         if cuda:
             torch.cuda.synchronize()
@@ -99,18 +181,19 @@ def worker(options: argparse.Namespace) -> None:
     print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak - before, "numbers": numbers}))
 
 
-def measure(options: argparse.Namespace, dtype: str, case: str, name: str) -> dict:
+def measure(options: argparse.Namespace, statistic: str, dtype: str, case: str, name: str) -> dict:
     """One measurement in a fresh process."""
-    shape = [f"--{key}={getattr(options, key)}" for key in ("tokens", "hidden", "vocab", "seconds", "threads")]
-    command = [sys.executable, "-m", "benchmarks.kernel", f"--peer={name}", f"--case={case}", f"--dtype={dtype}", *shape]
+    shape = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in SHAPE]
+    which = [f"--statistic={statistic}", f"--peer={name}", f"--case={case}", f"--dtype={dtype}"]
+    command = [sys.executable, "-m", "benchmarks.kernel", *which, *shape]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(options: argparse.Namespace, dtype: str, case: str) -> tuple[list[dict], bool]:
+def compare(options: argparse.Namespace, statistic: str, dtype: str, case: str) -> tuple[list[dict], bool]:
     """Rows of the table for one case, and whether the peers computed the same numbers."""
-    names = [name for name in options.peers.split(",") if name != "naive32" or dtype != "float32"]
-    rounds = [{name: measure(options, dtype, case, name) for name in names} for _ in range(options.rounds)]
+    names = [name for name in options.peers.split(",") if there_is(name, statistic, dtype, case)]
+    rounds = [{name: measure(options, statistic, dtype, case, name) for name in names} for _ in range(options.rounds)]
     rows, baseline = [], None
     for name in names:
         runs = [one[name] for one in rounds]
@@ -118,7 +201,7 @@ def compare(options: argparse.Namespace, dtype: str, case: str) -> tuple[list[di
         row |= {"peak": statistics.median(run["peak"] for run in runs), "numbers": runs[0]["numbers"]}
         baseline = baseline or row
         ratios = {f"{key} ratio": row[key] / baseline[key] for key in ("wall", "cpu", "peak")}
-        rows.append({"dtype": dtype, "case": case, "peer": name, **row, **ratios})
+        rows.append({"statistic": statistic, "dtype": dtype, "case": case, "peer": name, **row, **ratios})
     first = rows[0]["numbers"]
     agree = all(
         abs(a - b) <= TOLERANCE[dtype] * max(1, abs(a)) for row in rows for a, b in zip(first, row["numbers"], strict=True)
@@ -137,16 +220,17 @@ def header(options: argparse.Namespace) -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     return (
-        f"N = {options.tokens}, H = {options.hidden}, V = {options.vocab}; "
+        f"N = {options.tokens}, H = {options.hidden}, H of the teacher = {options.teacher_hidden or options.hidden}, "
+        f"V = {options.vocab}; "
         f"{device}; torch {torch.__version__}, trl {version('trl')}; medians of {options.rounds} alternating rounds.\n\n"
-        "| dtype | case | form | seconds | x naive | CPU seconds | x naive | peak MiB | x naive |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| statistic | dtype | case | form | seconds | x naive | CPU seconds | x naive | peak MiB | x naive |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
 
 
 def line(row: dict) -> str:
     """A line of the table."""
-    cells = [row["dtype"], row["case"], PEERS[row["peer"]]]
+    cells = [row["statistic"], row["dtype"], row["case"], PEERS[row["peer"]]]
     for key, unit, digits in (("wall", 1, 2), ("cpu", 1, 2), ("peak", 2**20, 0)):
         cells += [f"{row[key] / unit:.{digits}f}", f"{row[f'{key} ratio']:.2f}"]
     return f"| {' | '.join(cells)} |"
@@ -155,8 +239,10 @@ def line(row: dict) -> str:
 def main() -> None:
     """Run all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--statistics", default="logp", help=f"of {','.join(STATISTICS)}")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--teacher-hidden", type=int, default=0, help="0: as the student")
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--cases", default=",".join(CASES))
@@ -165,7 +251,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="how long one measurement repeats the call")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0 is what torch chooses")
     parser.add_argument("--json", help="also write the rows, with every number, to this file")
-    for name in ("peer", "case", "dtype"):
+    for name in ("statistic", "peer", "case", "dtype"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
@@ -173,12 +259,12 @@ def main() -> None:
         return
     print(header(options), flush=True)
     rows, differ = [], []
-    for dtype in options.dtypes.split(","):
-        for case in options.cases.split(","):
-            found, agree = compare(options, dtype, case)
-            print("\n".join(line(row) for row in found), flush=True)
-            rows += found
-            differ += [] if agree else [f"{dtype} {case}"]
+    cases = product(*(given.split(",") for given in (options.statistics, options.dtypes, options.cases)))
+    for statistic, dtype, case in cases:
+        found, agree = compare(options, statistic, dtype, case)
+        print("\n".join(line(row) for row in found), flush=True)
+        rows += found
+        differ += [] if agree else [f"{statistic} {dtype} {case}"]
     if options.json:
         Path(options.json).write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1))
     if differ:
