@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import registry
 from .schema import UserError
-from .stats import Inside, States, Top, Want, columns_of
+from .stats import Costs, Inside, Spans, States, Top, Want, columns_of
 
 MARKS = ("<!-- methods: from `posttrain show --table README.md` -->", "<!-- end of methods -->")
 """The lines between which a file has the table of methods."""
@@ -83,4 +83,8 @@ def _statistic(want: Want) -> str:
             return want
         case Top():
             return f"top {want.k}"
+        case Costs():
+            return f"costs of {want.rows} tokens"
+        case Spans():
+            return "adjacent tokens"
     return want.name

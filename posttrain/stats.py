@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """The same in float32 or better: what sums and losses are computed in."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -101,10 +102,33 @@ class Activations:
     """The MLP, the attention, the layer itself; or, once for the model [N, 1], the output head before any soft-cap."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """How far the policy's distribution at one token is from the reference's at another: `cost` [N, M], the L1 distances, with
+    gradient, from tokens to M of them, and `cost_column` [N] int64, which of the M a token is itself; -1 at the tokens that are
+    none of them, whose row in `cost` is 0. Takes M^2 V operations."""
+
+    rows: int
+    """M; all N where that is less, else a random subset that the tokens themselves decide."""
+
+    temperature: float = 1.0
+    """Divides the logits of both models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """How far the two models are apart on two adjacent tokens together, `span_cost` [N]: the sum over the vocabulary of squared
+    differences between the product of the policy's probabilities of an item at a token and at the one before, and that of the
+    reference's. The first of the N has none, 0; the first of any other completion is paired with another's last token."""
+
+    temperature: float = 1.0
+    """Divides the logits of both models."""
+
+
 Inside = States | Activations
 """What is read inside of the reference, for which neither log-probs nor an output head do."""
 
-Want = str | Sum | Rowwise | Top | Inside
+Want = str | Sum | Rowwise | Top | Costs | Spans | Inside
 """What an objective asks for beyond log-probs: a statistic of the kernel or a divergence of divergences.py, by name, or one of
 the above."""
 
@@ -144,7 +168,7 @@ class Completions:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """[N] -> [B] sum over the tokens of each completion, in float32 or better."""
-        return torch.segment_reduce(_wide(values), "sum", lengths=self.lengths, initial=0, unsafe=True)
+        return torch.segment_reduce(wide(values), "sum", lengths=self.lengths, initial=0, unsafe=True)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """[N] -> [B] mean over the tokens of each completion (0 for an empty one)."""
@@ -175,7 +199,7 @@ class Completions:
     def logratios(self) -> torch.Tensor:
         """[N] log policy(y_t) - log reference(y_t), in float32 or better."""
         assert self.reference_logps is not None, "the objective reads the reference but does not declare reference=True"
-        return _wide(self.logps) - _wide(self.reference_logps)
+        return wide(self.logps) - wide(self.reference_logps)
 
     @property
     def logratio(self) -> torch.Tensor:

@@ -10,8 +10,9 @@ import torch
 from posttrain_kernels import Head
 from torch import Tensor
 
+from .costs import costs, spans
 from .divergences import divergence
-from .stats import Rowwise, Sum, Top, Want
+from .stats import Costs, Rowwise, Spans, Sum, Top, Want
 
 KERNEL_STATISTICS = ("logp", "ref_logp", "entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
 """What the kernel computes by name; any other name is a divergence of divergences.py."""
@@ -29,6 +30,10 @@ def statistics(
         impl: implementation of the kernel.
     """
     out: dict[str, Tensor] = {}
+    for entry in want:
+        if isinstance(entry, Costs | Spans):
+            out |= _of_several_tokens(entry, head, targets, ref)
+    want = [entry for entry in want if not isinstance(entry, Costs | Spans)]
     for temperature in sorted({_temperature(entry) for entry in want}):
         part = [entry for entry in want if _temperature(entry) == temperature]
         out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), impl)
@@ -40,6 +45,11 @@ def mean_logits(head: Head) -> Tensor:
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     mean = head.x.to(dtype) @ head.weight[: head.size].mean(0, dtype=dtype)
     return mean if head.bias is None else mean + head.bias[: head.size].mean(dtype=dtype)
+
+
+def _of_several_tokens(want: Costs | Spans, head: Head, targets: Tensor, ref: Head) -> dict[str, Tensor]:
+    head, ref = _cooled(head, want.temperature), _cooled(ref, want.temperature)
+    return costs(head, ref, targets, want) if isinstance(want, Costs) else spans(head, ref)
 
 
 def _at(head: Head, want: Sequence[Want], targets: Tensor, ref: Head | None, impl: str) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from posttrain.costs import scattered, some
 from posttrain.divergences import divergence
-from posttrain.stats import Activations, Inside, Rowwise, States, Sum, Top, Want
+from posttrain.stats import Activations, Costs, Inside, Rowwise, Spans, States, Sum, Top, Want
 
 LAYERS = 2
 """Of the reference, as far as statistics of its inside are made up."""
@@ -44,6 +45,13 @@ def _entry(entry: Want, lp: Tensor, lq: Tensor, targets: Tensor) -> dict[str, Te
         case Top():
             reference_logps, ids = lq.topk(min(entry.k, lq.shape[-1]))
             return {"top_ids": ids, "top_reference_logps": reference_logps, "top_logps": lp.gather(-1, ids)}
+        case Costs():
+            chosen = some(targets, entry.rows)
+            cost = (lp.exp()[chosen, None] - lq.exp()[None, chosen]).abs().sum(-1)
+            return scattered(cost, chosen, len(targets))
+        case Spans():
+            products = [logps[1:].exp() * logps[:-1].exp() for logps in (lp, lq)]
+            return {"span_cost": torch.nn.functional.pad((products[0] - products[1]).square().sum(-1), (1, 0))}
         case "logp":
             return {entry: lp.gather(-1, targets[:, None]).squeeze(-1)}
         case "ref_logp":

@@ -30,14 +30,14 @@ LAYERS = [
     {"reference", "engines", "rewards", "learned"},
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
-    {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "inside"},
+    {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "advantages", "risk", "nested"},
     {"stats", "registry", "schema"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
-KERNEL_USERS = {"vocabulary", "reference", "models", "quickstart"}
+KERNEL_USERS = {"vocabulary", "costs", "reference", "models", "quickstart"}
 """The modules that may import posttrain_kernels."""
 
 HEAVY = {
