@@ -27,7 +27,9 @@ def usage(run: Run, folder: str) -> str:
     return f'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
 
 
-def write(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str, Any], *, reference: str) -> None:
+def write(
+    run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str, Any], *, compared: Mapping[str, str]
+) -> None:
     """Write README.md into the output folder.
 
     Args:
@@ -35,12 +37,12 @@ def write(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[st
         report: what was done to the data.
         args: the `train:` section, complete.
         metrics: what training and evaluation returned.
-        reference: which one was read, in words.
+        compared: which reference or teacher was read, in words.
     """
-    Path(args.output_dir, "README.md").write_text(text(run, report, args, metrics, reference=reference), encoding="utf-8")
+    Path(args.output_dir, "README.md").write_text(text(run, report, args, metrics, compared=compared), encoding="utf-8")
 
 
-def text(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str, Any], *, reference: str) -> str:
+def text(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str, Any], *, compared: Mapping[str, str]) -> str:
     """The card."""
     name = (args.hub_model_id or Path(args.output_dir).name).split("/")[-1]
     base = run.model.name if not _is_local(run.model.name) else f"{Path(run.model.name).name} (a local folder)"
@@ -54,7 +56,7 @@ def text(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str
         f"```\n{run.objective.document}\n```",
         "## Settings",
         _table({f"objective.{key}": value for key, value in dataclasses.asdict(run.config).items()}),
-        _table(_training(args) | {"rows a step": rows, "layout": run.layout, "reference": reference}),
+        _table(_training(args) | {"rows a step": rows, "layout": run.layout, **compared}),
         "The complete settings are in `run.json`, the metrics of every log in `metrics.jsonl`.",
         "## Data",
         f"```\n{report}\n```",

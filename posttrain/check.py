@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from . import console, memory, references
+from . import console, memory, references, teachers
 from .data import Loaded
 from .models import add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
 from .recipe import Run
 from .records import checkpoint_to_resume
-from .run import load_data, quiet_libraries, require_extras, settle
+from .run import compared, load_data, quiet_libraries, require_extras, settle, tokens_in_common
 from .schema import UserError
 from .trees import shareable
 
@@ -34,7 +34,7 @@ def check(run: Run) -> None:
             console.show({key: str(value) for key, value in section.items() if value not in (None, {}, [])}, title, out)
     console.show(_data(loaded), "data as read", out)
     console.show(_example(loaded), "first row as the model sees it", out)
-    console.show(_plan(run, args, loaded, model), "plan", out)
+    console.show(_plan(run, args, loaded, model) | _vocabulary(run, tokenizer, loaded), "plan", out)
 
 
 def outline(run: Run) -> nn.Module:
@@ -58,15 +58,23 @@ def _example(loaded: Loaded) -> dict[str, str]:
     return dict(loaded.report.train[0].example)
 
 
+def _vocabulary(run: Run, tokenizer: PreTrainedTokenizerBase, loaded: Loaded) -> dict[str, str]:
+    """What student and teachers have in common; nothing without a teacher."""
+    if not run.objective.reads_teacher:
+        return {}
+    tokens_in_common(run, tokenizer, loaded)
+    return {"vocabulary": teachers.vocabulary(run, tokenizer)}
+
+
 def _plan(run: Run, args: TrainingArguments, loaded: Loaded, model: nn.Module) -> dict[str, str]:
     total, trainable = parameter_counts(model)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    predicted = memory.predict(memory.shape(run, args, model, loaded.train, references.kind_of(run)))
+    predicted = memory.predict(memory.shape(run, args, model, loaded.train, references.kind_of(run), teachers.sizes(run)))
     apart = shareable(model)
     shared = f"prompts apart, because {apart}" if apart else "prompts shared, where the step-0 check finds it exact"
     return {
         "model": f"{total:,} parameters, {trainable:,} trained",
-        "reference": references.describe(run),
+        **compared(run),
         "layout": shared if run.layout == "auto" else run.layout,
         "steps": f"{_steps(args, loaded, rows)} of {rows} rows",
         "memory": f"{memory.gib(sum(predicted.values()))} on each device: "

@@ -13,7 +13,7 @@ import yaml
 from . import arguments, registry, shipped
 from .nested import Nested, nested_settings
 from .schema import UserError, adapter, suggest
-from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, SamplingConfig
+from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, SamplingConfig, TeacherConfig
 
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
 
@@ -43,7 +43,7 @@ def options(kind: type, section: str = "") -> list[Option]:
     rows = []
     for name, entry in schema["properties"].items():
         flag = f"--{section}.{name}" if section else f"--{name}"
-        if (section, name) in (("model", "name"), ("data", "name"), ("engine", "kind")):
+        if (section, name) in (("model", "name"), ("data", "name"), ("engine", "kind"), ("teacher", "model")):
             flag = f"--{section}"
         required = name in schema.get("required", ())
         default = "required" if required else _yaml(defaults[name])
@@ -76,7 +76,9 @@ def sections(objective: registry.Objective) -> dict[str, list[Option]]:
         "model": options(ModelConfig, "model"),
         "data": options(DataConfig, "data"),
     }
-    if objective.reads_reference(objective.config()):
+    if objective.reads_teacher:
+        found["teacher"] = options(TeacherConfig, "teacher")
+    elif objective.reads_reference(objective.config()):
         found["reference"] = options(ReferenceConfig, "reference")
     return found
 
@@ -138,6 +140,7 @@ def show(name: str) -> str:
         possible = [*registry.names(), "train"]
         raise UserError(f"nothing to show for {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}") from None
     reads = "reads the reference" if objective.reads_reference(objective.config()) else "reads no reference"
+    reads = "has a teacher" if objective.reads_teacher else reads
     parts = [objective.document, f"Data: {_sentence(objective.family)} {objective.name} {reads}.", "Settings:"]
     parts += [table(options(objective.config))]
     found = "\n".join(f"  {path}\n    {_first_comment(path)}" for path, its in recipes().items() if its == objective.name)

@@ -4,11 +4,12 @@
     gradients    trainable parameters * bytes of their dtype
     optimizer    trainable parameters * 8 (the two float32 moments of Adam; 0 for SGD)
     reference    a frozen model: parameters * bytes; otherwise 0
+    teachers     their parameters * bytes
     activations  tokens * layers * hidden * 34 bytes in 16-bit, twice that in float32: what a layer keeps for its backward under
                  an attention that stores no [T, T] matrix; with gradient checkpointing 2 bytes a layer and one layer whole
     vocabulary   the workspace of the kernel and the hidden states of completion tokens
 
-Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too.
+Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too, ZeRO-3 teachers.
 Source of the 34 bytes: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
 arXiv:2205.05198, equation 2 without its attention term.
 """
@@ -68,6 +69,9 @@ class Shape:
     frozen_reference: bool = False
     """A second model is held."""
 
+    teacher_bytes: int = 0
+    """Of all teachers' parameters."""
+
     adam: bool = True
     """The optimizer keeps two moments."""
 
@@ -78,7 +82,14 @@ class Shape:
     """`none`, `optimizer` (ZeRO-2) or `all` (ZeRO-3, FSDP2)."""
 
 
-def shape(run: Run, args: TrainingArguments, model: nn.Module, rows: Iterable[Mapping[str, Any]], kind: str) -> Shape:
+def shape(
+    run: Run,
+    args: TrainingArguments,
+    model: nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    kind: str,
+    teacher_bytes: int = 0,
+) -> Shape:
     """What the estimate needs, of a run.
 
     Args:
@@ -87,6 +98,7 @@ def shape(run: Run, args: TrainingArguments, model: nn.Module, rows: Iterable[Ma
         model: the policy; it may be without weights (on the meta device).
         rows: tokenised rows; the first ones are looked at.
         kind: of reference (references.kind_of).
+        teacher_bytes: of the teachers' parameters (teachers.sizes).
     """
     total, trainable = parameter_counts(model)
     config = causal_lm(model).config.get_text_config()
@@ -102,6 +114,7 @@ def shape(run: Run, args: TrainingArguments, model: nn.Module, rows: Iterable[Ma
         tokens=round(args.per_device_train_batch_size * _tokens(rows, roles_of(run.objective.family), shared)),
         checkpointing=args.gradient_checkpointing,
         frozen_reference=kind == "frozen",
+        teacher_bytes=teacher_bytes,
         adam="adam" in args.optim.lower(),
         shards=args.world_size,
         sharded=_sharded(),
@@ -136,6 +149,7 @@ def predict(of: Shape) -> dict[str, float]:
         "gradients": of.trainable * of.parameter_bytes / optimizer_over,
         "optimizer": of.trainable * 8 * of.adam / optimizer_over,
         "reference": of.parameters * of.parameter_bytes * of.frozen_reference / weights_over,
+        "teachers": of.teacher_bytes / weights_over,
         "activations": inputs + layer if of.checkpointing else layer * of.layers,
         "vocabulary": _WORKSPACE + of.tokens * of.hidden * of.compute_bytes,
     }

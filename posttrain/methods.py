@@ -65,6 +65,7 @@ def _needs(objective: registry.Objective) -> str:
     inside = [one for one in objective.want(config) if isinstance(one, Inside)]
     wanted = [f"`{_statistic(one)}`" for one in objective.want(config) if one not in inside]
     needs = ["reference"] if objective.reads_reference(config) else []
+    needs = ["teacher"] if objective.reads_teacher else needs
     needs += [f"over the vocabulary: {', '.join(wanted)}"] if wanted else []
     needs += [f"inside the reference: {', '.join(map(_inside, inside))}"] if inside else []
     needs += ["parameters of its own"] if objective.learned is not None else []

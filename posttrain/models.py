@@ -47,14 +47,15 @@ class Request:
     inside: tuple[Inside, ...] = ()
     """What to read inside of the layers beside the hidden states, where `want` is empty."""
 
-    ref: Head | None = None
-    """A second head (reference, teacher) on the same tokens, for divergences."""
+    refs: tuple[Head, ...] = ()
+    """Second heads on the same tokens (a reference, or teachers), for divergences. The statistics beside each but the first
+    have its number before their names: `1/forward_kl`."""
 
     lengths: Tensor | None = None
     """[B] tokens of each completion: the objective's own module (learned.py) adds its statistics."""
 
     given: Mapping[str, Tensor] = field(default_factory=dict)
-    """What that module reads beside what the head computes."""
+    """What is known beside what the head computes: read by that module, and `top_ids` [N, K] by a Top without a second head."""
 
     impl: str = "auto"
     """Implementation of the kernel."""
@@ -93,8 +94,14 @@ def _attach_head(head: nn.Module, lm: PreTrainedModel) -> None:
             return plain(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             mine = _head(self, lm, x)
-            asked = statistics
-            return vocabulary_statistics(mine, asked.want, targets=asked.targets, ref=asked.ref, impl=asked.impl)
+            found: dict[str, Tensor] = {}
+            for number, ref in enumerate(statistics.refs or (None,)):
+                index = statistics.given.get("top_ids")
+                answer = vocabulary_statistics(
+                    mine, statistics.want, targets=statistics.targets, ref=ref, index=index, impl=statistics.impl
+                )
+                found |= {f"{number}/{name}" if number else name: values for name, values in answer.items()}
+            return found
 
     head.forward = MethodType(forward, head)
 
@@ -161,14 +168,18 @@ def _head(module: nn.Module, lm: PreTrainedModel, x: Tensor) -> Head:
     )
 
 
-def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: ModelConfig, where: str = "model") -> PreTrainedTokenizerBase:
     """The tokenizer of a model (or the one that `tokenizer` names), with the chat template that `chat_template` gives.
+
+    Args:
+        settings: which model.
+        where: the section of the recipe, for errors; so too below.
 
     Raises:
         UserError: no such folder or hub repository, or one without a tokenizer.
     """
     name = settings.tokenizer or settings.name
-    with _readable("model.tokenizer" if settings.tokenizer else "model.name", name):
+    with _readable(f"{where}.{'tokenizer' if settings.tokenizer else 'name'}", name):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
@@ -177,19 +188,19 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
         is_file = "{" not in settings.chat_template and path.exists()
         tokenizer.chat_template = path.read_text() if is_file else settings.chat_template
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.tokenizer: {name} has no end-of-sequence token; a completion could not end")
+        raise UserError(f"{where}.tokenizer: {name} has no end-of-sequence token; a completion could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_config(settings: ModelConfig) -> Any:
+def load_config(settings: ModelConfig, where: str = "model") -> Any:
     """The configuration of a model, without weights; dropout off unless asked for.
 
     Raises:
         UserError: no such folder or hub repository, or not a causal language model.
     """
-    with _readable("model.name", settings.name):
+    with _readable(f"{where}.name", settings.name):
         config = AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
@@ -201,7 +212,7 @@ def load_config(settings: ModelConfig) -> Any:
     return config
 
 
-def load_model(settings: ModelConfig, *, low_precision: bool = False) -> PreTrainedModel:
+def load_model(settings: ModelConfig, *, low_precision: bool = False, where: str = "model") -> PreTrainedModel:
     """A causal LM with its statistics attached, adapters not yet added.
 
     Args:
@@ -214,14 +225,14 @@ def load_model(settings: ModelConfig, *, low_precision: bool = False) -> PreTrai
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if low_precision and bf16_available() else "float32"
-    config = load_config(settings)
+    config = load_config(settings, where)
     attention = settings.attention
     if attention is None and config.get_text_config().to_dict().get("attn_logit_softcapping"):
         attention = "eager"  # sdpa leaves the soft-cap of the attention scores out without a word
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _readable("model.name", settings.name):
+        with _readable(f"{where}.name", settings.name):
             model = AutoModelForCausalLM.from_pretrained(
                 settings.name,
                 config=config,

@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 from . import arguments
 from .registry import Objective, find
 from .schema import UserError, parse, suggest
-from .settings import DataConfig, ModelConfig, ReferenceConfig
+from .settings import DataConfig, ModelConfig, ReferenceConfig, TeacherConfig
 from .written import merge, read, section, split, whence
 
 Layout = Literal["auto", "tree", "separate"]
 
-SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind"}
+SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind", "teacher": "model"}
 """Sections that may be written as one word: `model: X` is `model: {name: X}`, `--reference cached` is reference.kind."""
 
 SECTIONS = (*SHORT, "layout", "train", "imports")
@@ -46,6 +46,9 @@ class Run:
     reference: ReferenceConfig = dataclasses.field(default_factory=ReferenceConfig)
     """Where the reference's log-probs come from."""
 
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    """Who teaches, for a distillation."""
+
     layout: Layout = "auto"
     """How prompts and completions are laid out: tree shares a prompt among its completions, separate repeats it; auto shares
     where it is exact."""
@@ -63,6 +66,7 @@ class Run:
             "model": dataclasses.asdict(self.model),
             "data": dataclasses.asdict(self.data),
             "reference": dataclasses.asdict(self.reference),
+            "teacher": dataclasses.asdict(self.teacher),
             "layout": self.layout,
             "imports": list(self.imports),
             "train": {key: _plain(value) for key, value in self.train.items() if not _withheld(key, value)},
@@ -100,6 +104,7 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
         model=model,
         data=data,
         reference=parse(ReferenceConfig, section(values, "reference", where, SHORT), where("reference")),
+        teacher=parse(TeacherConfig, section(values, "teacher", where, SHORT), where("teacher")),
         layout=values.get("layout", "auto"),
         train=arguments.parse_train(section(values, "train", where, SHORT), where("train")),
         imports=tuple(values.get("imports") or ()),
@@ -150,6 +155,7 @@ def _full_key(key: str, method: Objective) -> str:
 
 
 def _refuse_contradictions(run: Run) -> None:
+    _refuse_teacher(run)
     if not run.objective.reads_reference(run.config) and run.reference != ReferenceConfig():
         raise UserError(f"reference: {run.objective.name} reads no reference; leave the section out")
     if run.reference.kind == "adapter" and run.model.peft is None:
@@ -160,6 +166,25 @@ def _refuse_contradictions(run: Run) -> None:
         raise UserError("model: merge = True merges an adapter, and model.peft gives none")
     if run.train.get("eval_strategy", "no") != "no" and not _evaluates(run):
         raise UserError(f"train: eval_strategy = {run.train['eval_strategy']!r} needs rows: give data.eval or data.eval_size")
+
+
+def _refuse_teacher(run: Run) -> None:
+    method, teacher = run.objective, run.teacher
+    if not method.reads_teacher:
+        if teacher != TeacherConfig():
+            raise UserError(f"teacher: {method.name} has no teacher; leave the section out (methods of distillation have one)")
+        return
+    if run.reference != ReferenceConfig():
+        raise UserError(f"reference: {method.name} compares with a teacher; give teacher in place of reference")
+    if teacher.kind == "adapter" and teacher.model:
+        raise UserError("teacher: model is the student itself where kind = adapter; leave one of the two out")
+    if teacher.kind == "adapter" and run.model.peft is None:
+        raise UserError("teacher: kind = adapter needs an adapter to switch off: give model.peft, or a teacher.model")
+    if teacher.kind != "adapter" and not teacher.model:
+        raise UserError(
+            f"teacher: model is required by {method.name}: a hub id or folder (--teacher X); "
+            "or kind = adapter, the student with its adapter off"
+        )
 
 
 def _evaluates(run: Run) -> bool:

@@ -8,6 +8,7 @@ a key, so a sweep computes each reference log-prob once.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import os
 import uuid
@@ -28,7 +29,7 @@ from .models import Request, causal_lm, evaluating, head_of, model_inputs
 from .registry import Objective
 from .schema import UserError
 from .stats import Activations
-from .trees import TreeCollator
+from .trees import Batch, Layout, TreeCollator
 from .vocabulary import mean_logits
 
 _VERSION = "1"
@@ -37,7 +38,7 @@ _SHARD_TOKENS = 2_000_000
 
 
 class FrozenModel:
-    """A second model, never trained."""
+    """A second model, never trained; it reads the rows as its own architecture has to."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -63,15 +64,17 @@ class FrozenModel:
         self.model, *_ = deepspeed.initialize(model=self.model, config=config)
         self.model.eval()
 
-    def answer(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> dict[str, Tensor]:
-        """What the reference says of the tokens in `request`; `model` is the policy."""
+    def answer(self, model: nn.Module, batch: Batch, layout: Layout, request: Request) -> dict[str, Tensor]:
+        """What the reference says of the tokens in `request` of a batch; `model` is the policy."""
         del model
         with torch.no_grad():
-            return self.model(**inputs, statistics=request)
+            return self.model(**model_inputs(self.lm, batch, layout), statistics=request)
 
-    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> tuple[Head, dict[str, Tensor]]:
+    def heads(
+        self, model: nn.Module, batch: Batch, layout: Layout, request: Request
+    ) -> tuple[tuple[Head, ...], dict[str, Tensor]]:
         """Its output head on those tokens, for divergences, and what it says of its inside."""
-        told = self.answer(model, inputs, request)
+        told = self.answer(model, batch, layout, request)
         return _with_logits(head_of(self.lm, told.pop("hidden")), told, request)
 
 
@@ -87,16 +90,59 @@ class AdapterOff:
     def prepare(self, accelerator: Any) -> None:
         """Nothing: it is the policy."""
 
-    def answer(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> dict[str, Tensor]:
-        """What the reference says of the tokens in `request`; `model` is the policy."""
+    def answer(self, model: nn.Module, batch: Batch, layout: Layout, request: Request) -> dict[str, Tensor]:
+        """What the reference says of the tokens in `request` of a batch; `model` is the policy."""
         with torch.no_grad(), evaluating(model), model.disable_adapter():
-            return model(**inputs, statistics=request)
+            return model(**model_inputs(model, batch, layout), statistics=request)
 
-    def head(self, model: nn.Module, inputs: dict[str, Any], request: Request) -> tuple[Head, dict[str, Tensor]]:
+    def heads(
+        self, model: nn.Module, batch: Batch, layout: Layout, request: Request
+    ) -> tuple[tuple[Head, ...], dict[str, Tensor]]:
         """Its output head on those tokens, for divergences, and what it says of its inside."""
-        told = self.answer(model, inputs, request)
+        told = self.answer(model, batch, layout, request)
         with model.disable_adapter():
             return _with_logits(head_of(model, told.pop("hidden")), told, request)
+
+
+class Teachers:
+    """One or several teachers of a distillation, each a model of its own or the student with its adapter off.
+
+    Args:
+        members: the teachers.
+        weights: of each in the loss; they sum to 1.
+        size: number of tokens that student and teachers have in common; the teachers' distributions end there.
+    """
+
+    def __init__(self, members: Sequence[FrozenModel | AdapterOff], weights: Sequence[float], size: int) -> None:
+        self.members, self.weights, self.size = members, weights, size
+        shares = [f"{one.description} ({weight:.0%})" for one, weight in zip(members, weights, strict=True)]
+        self.description = ", ".join(shares) if len(members) > 1 else members[0].description
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Those that are models of their own."""
+        return [one.lm for one in self.members if isinstance(one, FrozenModel)]
+
+    def body(self, model: nn.Module) -> PreTrainedModel:
+        """The transformers model of the first; `model` is the student."""
+        return self.members[0].body(model)
+
+    def prepare(self, accelerator: Any) -> None:
+        """Move or partition them."""
+        for one in self.members:
+            one.prepare(accelerator)
+
+    def heads(
+        self, model: nn.Module, batch: Batch, layout: Layout, request: Request
+    ) -> tuple[tuple[Head, ...], dict[str, Tensor]]:
+        """The output head of each on the tokens in `request` of a batch, and what each says of its inside, of all but the
+        first with their number before it; `model` is the student."""
+        heads, told = [], {}
+        for number, one in enumerate(self.members):
+            (head,), inside = one.heads(model, batch, layout, request)
+            heads.append(dataclasses.replace(head, vocab=min(self.size, head.size)))
+            told |= {f"{number}/{name}" if number else name: values for name, values in inside.items()}
+        return tuple(heads), told
 
 
 class CachedLogps:
@@ -175,12 +221,12 @@ class CachedLogps:
             _write_shard(self.folder, shard)
 
 
-def _with_logits(head: Head, told: dict[str, Tensor], request: Request) -> tuple[Head, dict[str, Tensor]]:
+def _with_logits(head: Head, told: dict[str, Tensor], request: Request) -> tuple[tuple[Head, ...], dict[str, Tensor]]:
     """What a model says of its inside, completed by what only its output head can say."""
     if Activations(of="logits") in request.inside:
         with torch.no_grad():
             told |= {name("logits"): mean_logits(head)[:, None]}
-    return head, told
+    return (head,), told
 
 
 def reads_vocabulary(objective: Objective, config: Any) -> bool:

@@ -30,7 +30,7 @@ def kind_of(run: Run) -> str:
     Raises:
         UserError: `cached`, for an objective that reads the reference over the whole vocabulary.
     """
-    if not run.objective.reads_reference(run.config):
+    if run.objective.reads_teacher or not run.objective.reads_reference(run.config):
         return "none"
     if run.reference.kind == "cached" and reads_vocabulary(run.objective, run.config):
         raise UserError(

@@ -76,6 +76,13 @@ class Objective:
     def __call__(self, config: Any, statistics: Any) -> Any:
         return self.function(config, statistics)
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the reference it reads is a teacher: another model than the policy at its start, given as `teacher:`."""
+        from .stats import Taught
+
+        return issubclass(self.family, Taught)
+
 
 def objective(
     *,

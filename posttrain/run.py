@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from . import card, console, data, memory, references
+from . import card, console, data, memory, references, teachers
 from .arguments import WHERE_AVAILABLE
 from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
@@ -79,16 +79,17 @@ def prepare(run: Run) -> Prepared:
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
     references.refuse_other_tokenizer(run, tokenizer)
+    common = tokens_in_common(run, tokenizer, loaded)
     model = load_policy(run.model)
-    reference = references.build(run, args, model, loaded)
+    reference = references.build(run, args, model, loaded) or teachers.build(run, common)
     trainer = Trainer(
-        objective=run.objective,
+        objective=teachers.weighted(run.objective, teachers.weights(run)) if run.objective.reads_teacher else run.objective,
         config=run.config,
         model=model,
         args=args,
         reference=reference,
         layout=run.layout,
-        starts_at_reference=run.reference.model is None,
+        starts_at_reference=run.reference.model is None and not run.teacher.model,
         train_dataset=loaded.train,
         eval_dataset=loaded.eval,
         processing_class=tokenizer,
@@ -116,7 +117,7 @@ def execute(run: Run) -> Prepared:
     final = _final_evaluation(prepared)
     export(prepared)
     if args.process_index == 0:
-        card.write(run, prepared.data.report, args, {**result.metrics, **final}, reference=references.describe(run))
+        card.write(run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run))
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
     return prepared
@@ -144,7 +145,7 @@ def precompute(run: Run) -> int:
     Raises:
         UserError: as `prepare`, or an objective without reference.
     """
-    if not run.objective.reads_reference(run.config):
+    if run.objective.reads_teacher or not run.objective.reads_reference(run.config):
         raise UserError(f"logps: {run.objective.name} reads no reference")
     quiet_libraries()
     run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))
@@ -201,6 +202,28 @@ def _refuse_beyond_positions(run: Run, loaded: data.Loaded, positions: int | Non
             f"data: max_length = {run.data.max_length} lets {longest} tokens through and {run.model.name} has {positions} "
             f"positions; --data.max_length {positions} fits"
         )
+
+
+def tokens_in_common(run: Run, tokenizer: PreTrainedTokenizerBase, loaded: data.Loaded) -> int:
+    """Number of tokens that the student of a distillation shares with its teachers; 0 without a teacher.
+
+    Raises:
+        UserError: they have other tokens, or the data has tokens that a teacher does not know.
+    """
+    if not run.objective.reads_teacher:
+        return 0
+    size = teachers.common_tokens(run, tokenizer)
+    if size < len(tokenizer):
+        for rows in (loaded.train, loaded.eval):
+            teachers.refuse_unread(run, size, () if rows is None else list(rows.take(64)) if run.data.streaming else rows)
+    return size
+
+
+def compared(run: Run) -> dict[str, str]:
+    """Whom the policy of a run is compared with, in words."""
+    if run.objective.reads_teacher:
+        return {"teacher": teachers.describe(run)}
+    return {"reference": references.describe(run)}
 
 
 def settle(run: Run) -> tuple[Run, TrainingArguments]:
@@ -291,14 +314,16 @@ def header(prepared: Prepared) -> dict[str, str]:
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else dtypes(parameters)
     processes = args.world_size
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    predicted = memory.predict(memory.shape(run, args, prepared.model, prepared.data.train, references.kind_of(run)))
+    predicted = memory.predict(
+        memory.shape(run, args, prepared.model, prepared.data.train, references.kind_of(run), teachers.sizes(run))
+    )
     settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(run.config).items())
     return {
         "objective": f"{run.objective.name}: {settings}",
         "model": f"{run.model.name}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
         "dtypes": f"parameters {dtypes(parameters)}, trained (master weights) "
         f"{dtypes([p for p in parameters if p.requires_grad])}, computed in {compute}, logits float32",
-        "reference": trainer.reference.description if trainer.reference is not None else "none",
+        next(iter(compared(run))): "none" if trainer.reference is None else trainer.reference.description,
         "data": str(prepared.data.report),
         "batch": f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} accumulated x {processes} "
         f"processes = {rows} rows a step",

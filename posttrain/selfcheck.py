@@ -45,12 +45,19 @@ class SelfCheck(TrainerCallback):
         rows = list(itertools.islice(iter(trainer.train_dataset), _ROWS))
         with trainer.compute_loss_context_manager():
             layout, error = choose_layout(trainer.model, rows, trainer.roles, trainer.layout, trainer.impl)
+            for teacher in trainer.reference.models if trainer.objective.reads_teacher else ():
+                layout, beside = choose_layout(teacher, rows, trainer.roles, _at_most(layout, trainer.layout), trainer.impl)
+                error = max(error, beside)
             trainer.data_collator.layout = layout
             self.report = {"layout": layout, "log-probs": f"within {error:.1e} nats of the model's own logits"}
             if state.global_step == 0 and trainer.reads_reference:
                 with torch.no_grad(), evaluating(trainer.model):
                     self._start(rows[:2])
         log.info("self-check passed: %s", ", ".join(f"{name} {value}" for name, value in self.report.items()))
+
+    @property
+    def _other(self) -> str:
+        return "teacher" if self.trainer.objective.reads_teacher else "reference"
 
     def _start(self, rows: list[dict[str, Any]]) -> None:
         """Loss and log-ratios where the policy is the reference."""
@@ -59,15 +66,15 @@ class SelfCheck(TrainerCallback):
         statistics = trainer.statistics(trainer.model, batch | trainer.scalars([batch]))
         value = trainer.objective(trainer.config, statistics).values.mean().item()
         if not trainer.starts_at_reference:
-            self.report["start"] = f"loss {value:.4f}, the reference being another model"
+            self.report["start"] = f"loss {value:.4f}, the {self._other} being another model"
             return
         roles = {name: vars(statistics)[name] for name in trainer.roles}
         apart = max(one.logratios.abs().max().item() for one in roles.values())
         allowed = tolerance(trainer.model)
         if apart > allowed:
             raise UserError(
-                f"self-check: the policy is not trained yet, but its log-probs differ from the reference's by {apart:.3g} nats "
-                f"(allowed {allowed:.3g}); the reference is {trainer.reference.description}"
+                f"self-check: the policy is not trained yet, but its log-probs differ from the {self._other}'s by {apart:.3g} "
+                f"nats (allowed {allowed:.3g}); the {self._other} is {trainer.reference.description}"
             )
         equal = _at_reference(statistics)
         if trainer.objective.before is not None:
@@ -78,6 +85,11 @@ class SelfCheck(TrainerCallback):
         if stated is not None and abs(got - stated) > 1e-4 * max(1.0, abs(stated)):
             raise UserError(f"self-check: {trainer.objective.name} starts at {got:.6f}, but it states {stated:.6f}")
         self.report["start"] = f"loss {value:.6f}" + ("" if stated is None else f" (stated {stated:.6f})")
+
+
+def _at_most(layout: str, setting: str) -> str:
+    """The setting of the layout for a second model, the first one being laid out so."""
+    return setting if layout == "tree" else "separate"
 
 
 def _at_reference(statistics: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from .schema import STRICT, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability
 
@@ -61,6 +61,53 @@ class ReferenceConfig:
 
     cache: str | None = None
     """Folder of cached log-probs; None is $POSTTRAIN_CACHE or ~/.cache/posttrain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherModel:
+    """One of several teachers."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    """Hub id or folder of a causal language model, of any size and width."""
+
+    weight: Positive = 1.0
+    """Its share in the loss, in proportion to the others'."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub; None is the default branch."""
+
+
+def _listed(got: Any) -> Any:
+    """One teacher, by name or as a mapping, as a list of one."""
+    several = got if isinstance(got, list | tuple) else [] if got is None else [got]
+    return [{"name": one} if isinstance(one, str) else one for one in several]
+
+
+TeacherModels = Annotated[tuple[TeacherModel, ...], BeforeValidator(_listed), WithJsonSchema({"type": "string"})]
+"""A name, {name, weight, revision}, or a list of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who teaches: the other distribution of a distillation."""
+
+    model: TeacherModels = ()
+    """Hub id or folder of the teacher, {name, weight, revision}, or a list of these: the loss is then the weighted mean of the
+    losses beside each. It reads the student's token ids, so its tokenizer has to be the same; spare rows of either are cut."""
+
+    kind: Literal["auto", "model", "adapter"] = "auto"
+    """model: a model of its own, frozen; adapter: the student with its adapter off (self-distillation). auto: model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of its parameters. auto: bfloat16 where the device computes in it, float32 elsewhere."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    """Its attention implementation; None is the model's default."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

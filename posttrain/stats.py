@@ -256,6 +256,9 @@ class Taught:
     context: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """As in `Pairs`."""
 
+    others: Sequence[Taught] = ()
+    """The same beside each further teacher; not for objectives, whose loss is taken of each (teachers.py)."""
+
 
 def roles_of(family: type) -> list[str]:
     """The completions a family holds: its fields annotated `Completions`, in order."""

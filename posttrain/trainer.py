@@ -24,12 +24,13 @@ from .inside import refuse_unknown
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, causal_lm, evaluating, model_inputs
-from .reference import AdapterOff, CachedLogps, FrozenModel, reads_vocabulary
+from .reference import AdapterOff, CachedLogps, FrozenModel, Teachers, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
 from .stats import Completions, Inside, Loss, bound, columns_of, roles_of
 from .trees import Collator, TreeCollator, attention_scale
+from .vocabulary import DROPPED
 
 log = logging.getLogger("posttrain")
 
@@ -40,7 +41,7 @@ class Trainer(transformers.Trainer):
     Args:
         objective, config: the method and its settings.
         model: a causal LM with statistics attached (models.load_policy).
-        reference: where reference log-probs come from; None for an objective that reads none.
+        reference: where reference log-probs come from, or who teaches; None for an objective that reads neither.
         layout: `tree`, `separate`, or `auto` (tree where the first rows give the same log-probs both ways).
         starts_at_reference: whether policy and reference are equal before training, which is then checked.
         impl: implementation of the kernel (`auto`, `dense`, `chunked`).
@@ -59,7 +60,7 @@ class Trainer(transformers.Trainer):
         config: Any,
         model: nn.Module,
         args: TrainingArguments,
-        reference: FrozenModel | AdapterOff | CachedLogps | None = None,
+        reference: FrozenModel | AdapterOff | CachedLogps | Teachers | None = None,
         layout: str = "auto",
         starts_at_reference: bool = True,
         impl: str = "auto",
@@ -72,7 +73,7 @@ class Trainer(transformers.Trainer):
         self.inside = tuple(entry for entry in want if isinstance(entry, Inside))
         self.want = ("logp", *(entry for entry in want if entry not in self.inside))
         self.reads_reference = objective.reads_reference(config)
-        self.needs_reference_head = reads_vocabulary(objective, config)
+        self.needs_reference_head = objective.reads_teacher or reads_vocabulary(objective, config)
         assert not (self.needs_reference_head and isinstance(reference, CachedLogps)), "references.kind_of refuses this"
         if args.n_gpu > 1:
             raise UserError(
@@ -116,27 +117,35 @@ class Trainer(transformers.Trainer):
             batch, roles = Collator.early_part(batch), self.early_roles
         inner = self.accelerator.unwrap_model(model)
         inputs = model_inputs(inner, batch, self.data_collator.layout)
-        want = tuple(bound(self.want, scalars))
-        request = Request(gather=batch["gather"], targets=batch["targets"], want=want, impl=self.impl)
-        request = self._referring(request, inner, inputs, batch)
+        request = Request(
+            gather=batch["gather"], targets=batch["targets"], want=tuple(bound(self.want, scalars)), impl=self.impl
+        )
+        request = self._referring(request, inner, batch)
         if self.own is not None:
             request = dataclasses.replace(request, lengths=torch.cat([batch[f"lengths.{role}"] for role in roles]))
         answer = {**request.given, **model(**inputs, statistics=request)}
-        completions = self._completions(roles, batch, answer)
         columns = {name: batch[f"row.{name}"] for name in self.columns}
-        return self.objective.family(**{**dict.fromkeys(self.roles), **completions, **columns}, context=scalars)
+        first, *others = [
+            self.objective.family(
+                **{**dict.fromkeys(self.roles), **self._completions(roles, batch, said), **columns}, context=scalars
+            )
+            for said in _by_reference(answer, len(request.refs))
+        ]
+        return dataclasses.replace(first, others=others) if others else first
 
-    def _referring(self, request: Request, inner: nn.Module, inputs: dict[str, Any], batch: dict[str, Tensor]) -> Request:
+    def _referring(self, request: Request, inner: nn.Module, batch: dict[str, Tensor]) -> Request:
         """The request with what the reference has to say of its tokens: its output head, or its log-probs."""
-        if self.needs_reference_head:
-            asked = dataclasses.replace(request, want=(), inside=self.inside)
-            head, given = self.reference.head(inner, inputs, asked)
-            return dataclasses.replace(request, ref=head, want=(*request.want, "ref_logp"), given=given)
         if "reference_logps" in batch:
-            return dataclasses.replace(request, given={"ref_logp": batch["reference_logps"]})
+            given = {name: batch[name] for name in ("top_ids", "top_reference_logps") if name in batch}
+            return dataclasses.replace(request, given={"ref_logp": batch["reference_logps"], **given})
         if self.reference is None:
             return request
-        answer = self.reference.answer(inner, inputs, dataclasses.replace(request, want=("logp",)))
+        layout = self.data_collator.layout
+        if self.needs_reference_head:
+            asked = dataclasses.replace(request, want=(), inside=self.inside)
+            heads, given = self.reference.heads(inner, batch, layout, asked)
+            return dataclasses.replace(request, refs=heads, want=(*request.want, "ref_logp"), given=given)
+        answer = self.reference.answer(inner, batch, layout, dataclasses.replace(request, want=("logp",)))
         return dataclasses.replace(request, given={"ref_logp": answer["logp"]})
 
     def _completions(self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor]) -> dict[str, Completions]:
@@ -215,7 +224,8 @@ class Trainer(transformers.Trainer):
         for role, one in completions.items():
             logged[f"logps/{role}"] = one.logp.detach()
             logged[f"length/{role}"] = one.lengths.float()
-        if self.reads_reference:
+            logged |= {name: values for name, values in one.more.items() if name.startswith(DROPPED)}
+        if self.reads_reference and not self.objective.reads_teacher:
             d = torch.cat([one.logratios.detach() for one in completions.values()])
             logged["kl"] = torch.expm1(-d) + d
         return logged
@@ -281,3 +291,13 @@ class Trainer(transformers.Trainer):
             if line not in self._warned:
                 self._warned.add(line)
                 log.warning("step %d: %s", self.state.global_step, line)
+
+
+def _by_reference(answer: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The statistics beside each of `count` second heads (models.Request), those of the first without a number."""
+    numbered = [{} for _ in range(max(count, 1))]
+    for name, values in answer.items():
+        number, slash, rest = name.partition("/")
+        own = slash and number.isdigit()
+        numbered[int(number) if own else 0][rest if own else name] = values
+    return numbered

@@ -17,9 +17,18 @@ from .stats import Costs, Rowwise, Spans, Sum, Top, Want
 KERNEL_STATISTICS = ("logp", "ref_logp", "entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
 """What the kernel computes by name; any other name is a divergence of divergences.py."""
 
+DROPPED = "dropped/"
+"""Begins the names of the shares of probability that two models put on what only one of them has."""
+
 
 def statistics(
-    head: Head, want: Sequence[Want], *, targets: Tensor, ref: Head | None = None, impl: str = "auto"
+    head: Head,
+    want: Sequence[Want],
+    *,
+    targets: Tensor,
+    ref: Head | None = None,
+    index: Tensor | None = None,
+    impl: str = "auto",
 ) -> dict[str, Tensor]:
     """The wanted statistics of N tokens by name; see `Want` for names and shapes.
 
@@ -27,6 +36,7 @@ def statistics(
         head: of the policy, on the hidden states of the tokens; gradients flow to it.
         targets: [N] the tokens.
         ref: the head of the reference on the same tokens.
+        index: [N, K] the items of a `Top`, without `ref`.
         impl: implementation of the kernel.
     """
     out: dict[str, Tensor] = {}
@@ -36,7 +46,7 @@ def statistics(
     want = [entry for entry in want if not isinstance(entry, Costs | Spans)]
     for temperature in sorted({_temperature(entry) for entry in want}):
         part = [entry for entry in want if _temperature(entry) == temperature]
-        out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), impl)
+        out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), index, impl)
     return out
 
 
@@ -52,15 +62,20 @@ def _of_several_tokens(want: Costs | Spans, head: Head, targets: Tensor, ref: He
     return costs(head, ref, targets, want) if isinstance(want, Costs) else spans(head, ref)
 
 
-def _at(head: Head, want: Sequence[Want], targets: Tensor, ref: Head | None, impl: str) -> dict[str, Tensor]:
+def _at(
+    head: Head, want: Sequence[Want], targets: Tensor, ref: Head | None, index: Tensor | None, impl: str
+) -> dict[str, Tensor]:
     tops = [entry for entry in want if isinstance(entry, Top)]
     entries = [_entry(one) for one in want if not isinstance(one, Top)]
+    eager = next((one.name for one in want if isinstance(one, Sum | Rowwise) and one.eager), None)
     if not tops:
-        return kernels.head_stats(head, entries, target=targets, ref=ref, impl=impl)
-    (top,) = tops
-    ids, reference_logps = kernels.top_k(ref, min(top.k, ref.size, head.size))
-    out = kernels.head_stats(head, [*entries, "gather"], target=targets, index=ids, ref=ref, impl=impl)
-    return {**out, "top_ids": ids, "top_reference_logps": reference_logps, "top_logps": out.pop("gather")}
+        return kernels.head_stats(head, entries, target=targets, ref=ref, impl=impl, eager=eager)
+    found: dict[str, Tensor] = {}
+    if ref is not None:
+        (top,) = tops
+        index, found["top_reference_logps"] = kernels.top_k(ref, min(top.k, ref.size, head.size))
+    out = kernels.head_stats(head, [*entries, "gather"], target=targets, index=index, ref=ref, impl=impl, eager=eager)
+    return {**out, **found, "top_ids": index, "top_logps": out.pop("gather")}
 
 
 def _entry(want: Want) -> kernels.Want:

@@ -143,7 +143,10 @@ def test_reads_the_reference_iff_declared(objective: Objective) -> None:
     without = each(statistics, lambda role: dataclasses.replace(role, reference_logps=None))
     others = [term.values for term in terms(objective(config, moved))]
     same = all(torch.equal(one, other) for one, other in zip(values, others, strict=True))
-    if objective.reads_reference(config):
+    if objective.reads_teacher:
+        other = each(statistics, lambda role: role.replaced(reference=role.reference.flip(-1)))
+        assert not all(torch.equal(x, y.values) for x, y in zip(values, terms(objective(config, other)), strict=True))
+    elif objective.reads_reference(config):
         assert not same
         with pytest.raises(AssertionError, match="does not declare reference=True"):
             objective(config, without)

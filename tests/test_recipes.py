@@ -18,13 +18,22 @@ from posttrain.stats import columns_of, roles_of
 RECIPES = sorted(shipped.folder("recipes").glob("**/*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+def saved(folder: Path, **settings: object) -> Path:
     tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny("llama", vocab_size=len(tokenizer), **settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than the student."""
+    return saved(tmp_path_factory.mktemp("teacher"), hidden_size=48, num_hidden_layers=3, seed=1)
 
 
 def rows(run: Run, path: Path, first: int) -> Path:
@@ -60,7 +69,7 @@ def test_a_recipe_is_short_and_says_what_it_is(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_trains(path: Path, model: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains(path: Path, model: Path, teacher: Path, tmp_path: Path) -> None:
     written = load_run(None, path)
     changes = [
         f"model.name={model}",
@@ -76,7 +85,9 @@ def test_a_recipe_trains(path: Path, model: Path, tmp_path: Path) -> None:
         "train.per_device_train_batch_size=2",
         "train.gradient_accumulation_steps=2",
     ]
-    if written.objective.reads_reference(written.config):
+    if written.teacher.model:
+        changes += [f"teacher.model={teacher}"]
+    elif written.objective.reads_reference(written.config) and not written.objective.reads_teacher:
         changes += [f"reference.cache={tmp_path / 'cache'}"]
     if written.data.eval is not None:
         changes += [f"data.eval.name={rows(written, tmp_path / 'eval.jsonl', 8)}", "data.eval.split=null"]
@@ -85,7 +96,7 @@ def test_a_recipe_trains(path: Path, model: Path, tmp_path: Path) -> None:
     prepared = execute(load_run(None, path, changes))
     logs = read_metrics(tmp_path / "out")
     assert [line["step"] for line in logs if "loss" in line] == [1, 2]
-    start = prepared.run.objective.start(prepared.run.config)
+    start = None if written.teacher.model else prepared.run.objective.start(prepared.run.config)
     first = next(line["loss"] for line in logs if "loss" in line)
     assert start is None or first == pytest.approx(start, abs=1e-4)
     assert any("eval_loss" in line for line in logs) is (prepared.data.eval is not None)

@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from posttrain.mismatch import Mismatched, early_roles, lenders
 from posttrain.models import attach
-from posttrain.reference import AdapterOff, CachedLogps, FrozenModel
+from posttrain.reference import AdapterOff, CachedLogps, FrozenModel, Teachers
 from posttrain.registry import Objective, find
 from posttrain.stats import Loss, Pairs, columns_of, roles_of
 from posttrain.trainer import Trainer
@@ -107,26 +107,31 @@ def _model(seed: int) -> torch.nn.Module:
     return tiny("llama", dtype=torch.float64, seed=seed)
 
 
-def _policy(peft: bool) -> torch.nn.Module:
+def _policy(peft: bool, apart: bool) -> torch.nn.Module:
+    """The policy; an adapter starts as its base, unless `apart` (a student that equals its teacher learns nothing)."""
     model = copy.deepcopy(_model(0))
     if peft:
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=not apart)
+        model = get_peft_model(model, lora)
         model = model.to(torch.float64)
     attach(model)
     return model
 
 
-def _reference(kind: str, objective: Objective, folder: Path, peft: bool) -> FrozenModel | AdapterOff | CachedLogps | None:
+def _reference(
+    kind: str, objective: Objective, folder: Path, peft: bool
+) -> FrozenModel | AdapterOff | CachedLogps | Teachers | None:
     """A reference other than the policy where the policy is trained in full, so that the first step tells something."""
     if not objective.reads_reference(objective.config()):
         return None
     if kind == "adapter":
-        return AdapterOff()
+        return Teachers([AdapterOff()], [1.0], VOCABULARY) if objective.reads_teacher else AdapterOff()
     model = copy.deepcopy(_model(0 if peft else 1))
     attach(model)
     if kind == "frozen":
-        return FrozenModel(model, "random")
+        frozen = FrozenModel(model, "random")
+        return Teachers([frozen], [1.0], VOCABULARY) if objective.reads_teacher else frozen
     cache = CachedLogps(folder / "cache", "random", "random")
     list(cache.fill(model, rows_for(objective), [*roles_of(objective.family), *early_roles(objective)], "tree", 4))
     cache.reload()
@@ -176,11 +181,11 @@ def train(
     trainer = Trainer(
         objective=objective,
         config=objective.config(),
-        model=_policy(peft),
+        model=_policy(peft, objective.reads_teacher),
         args=args,
         reference=_reference(reference, objective, folder, peft),
         layout=layout,
-        starts_at_reference=peft,
+        starts_at_reference=peft and not objective.reads_teacher,
         impl=impl,
         train_dataset=rows_for(objective),
     )

@@ -1,0 +1,1 @@
+"""Objectives on completions that a teacher reads, too."""

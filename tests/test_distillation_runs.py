@@ -1,0 +1,141 @@
+"""Distillation from the command line: who teaches, what is refused, and that a student of another width learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny import tiny_tokenizer
+from tiny_models import tiny
+
+from posttrain.cli import main
+from posttrain.recipe import load_run
+from posttrain.records import read_metrics
+from posttrain.run import Prepared, execute
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def saved(folder: Path, *, rows: int = 0, chat: bool = True, **settings: object) -> Path:
+    """A tiny model whose head has `rows` more rows than its tokenizer has tokens."""
+    tokenizer = tiny_tokenizer(chat=chat)
+    tiny("llama", vocab_size=len(tokenizer) + rows, **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("teacher"), hidden_size=48, num_hidden_layers=3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [{"instruction": f"ab {i}?", "context": "a b" * (i % 2), "response": f"yes {i}"} for i in range(12)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(student: Path, teacher: Path, rows: Path, tmp_path: Path) -> list[str]:
+    """The settings of a run of 4 steps."""
+    return [
+        f"model={student}",
+        f"teacher={teacher}",
+        f"data={rows}",
+        f"train.output_dir={tmp_path / 'out'}",
+        "train.max_steps=4",
+        "train.per_device_train_batch_size=4",
+        "train.logging_steps=1",
+        "train.learning_rate=3e-3",
+        "train.warmup_steps=0",
+        "train.save_strategy=no",
+        "data.eval_size=4",
+    ]
+
+
+def run(settings: list[str], name: str = "kd") -> Prepared:
+    return execute(load_run(name, overrides=settings))
+
+
+def losses(prepared: Prepared) -> list[float]:
+    return [line["loss"] for line in read_metrics(Path(prepared.args.output_dir)) if "loss" in line]
+
+
+def test_a_student_of_another_width_learns(small: list[str], teacher: Path) -> None:
+    done = run([*small, "train.max_steps=12", "data.max_length=200"])
+    found = losses(done)
+    assert found[-1] < 0.7 * found[0]
+    logged = read_metrics(Path(done.args.output_dir))
+    assert (
+        logged[0]["divergence/forward_kl"] == pytest.approx(found[0]) and "nll/teacher" in logged[0] and "kl" not in logged[0]
+    )
+    assert [line["eval_loss"] for line in logged if "eval_loss" in line][-1] < found[0]
+    taught_by = done.trainer.reference.models[0]
+    assert not any(p.requires_grad for p in taught_by.parameters()) and not taught_by.training
+    trained = {id(p) for group in done.trainer.optimizer.param_groups for p in group["params"]}
+    assert not trained & {id(p) for p in taught_by.parameters()}
+    fresh = tiny("llama", vocab_size=len(done.tokenizer), hidden_size=48, num_hidden_layers=3, seed=1)
+    assert torch.equal(taught_by.lm_head.weight, fresh.lm_head.weight)
+    folder = Path(done.args.output_dir)
+    assert f"| teacher | {teacher} |" in (folder / "README.md").read_text()
+    assert json.loads((folder / "run.json").read_text())["teacher"]["model"][0]["name"] == str(teacher)
+
+
+def test_check_shows_teacher_vocabulary_and_memory(small: list[str], teacher: Path) -> None:
+    result = invoke("check", "objective=kd", *small)
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    assert f"teacher {teacher}" in shown
+    tokens = len(tiny_tokenizer())
+    assert f"{tokens} tokens in common" in shown
+    assert "teachers 0.00 GiB" in shown
+    assert "ab 0? a" not in shown and "yes 0" in shown
+
+
+def test_several_teachers_give_the_weighted_mean(small: list[str], teacher: Path, student: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", hidden_size=64, seed=2)
+    small = [*small, "train.max_steps=1", "train.per_device_train_batch_size=8"]
+    alone = [run([*small, f"teacher={who}", f"train.output_dir={tmp_path / str(i)}"]) for i, who in enumerate((teacher, other))]
+    apart = [losses(done)[0] for done in alone]
+    both = run([*small, f"teacher=[{{name: {teacher}, weight: 3}}, {other}]"])
+    assert losses(both)[0] == pytest.approx(0.75 * apart[0] + 0.25 * apart[1], abs=1e-5)
+    logged = read_metrics(Path(both.args.output_dir))[0]
+    assert [logged[f"divergence/forward_kl/teacher{i}"] for i in (1, 2)] == pytest.approx(apart, abs=1e-5)
+    assert both.trainer.reference.description == f"frozen model {teacher} (75%), frozen model {other} (25%)"
+
+
+def test_self_distillation_starts_at_0(small: list[str]) -> None:
+    settings = [one for one in small if not one.startswith("teacher=")]
+    done = run([*settings, "teacher.kind=adapter", "model.peft={r: 4}", "ce_weight=0", "train.max_steps=1"])
+    assert losses(done) == [pytest.approx(0.0, abs=1e-7)]
+    assert done.trainer.reference.description == "the policy with its adapter off"
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("kd", ["teacher=null"], "teacher: model is required by kd: a hub id or folder (--teacher X); or kind = adapter"),
+        ("kd", ["reference=frozen"], "reference: kd compares with a teacher; give teacher in place of reference"),
+        ("kd", ["teacher.kind=adapter"], "teacher: model is the student itself where kind = adapter"),
+        ("kd", ["teacher.kind=adapter", "teacher.model=null"], "teacher: kind = adapter needs an adapter to switch off"),
+        ("kd", ["teacher=./nowhere"], "teacher.model.name: folder ./nowhere does not exist"),
+        ("kd", ["teacher.modle=x"], "teacher: unknown key 'modle'; did you mean model?"),
+        ("dpo", [], "teacher: dpo has no teacher; leave the section out"),
+    ],
+)
+def test_refused(small: list[str], objective: str, settings: list[str], message: str) -> None:
+    result = invoke(objective, *small, *settings)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
