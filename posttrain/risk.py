@@ -10,10 +10,10 @@ KL(reference || policy). Letters: n tokens, V items, p = policy, q = reference, 
     official = sum of q Z over the items with Z above the (1 - mu)-quantile of the V values of Z
 
 cvar (conditional value at risk) is exact: the item at which mu is reached counts in part, several with the same Z in the same
-proportion. erm (entropic risk) are the Renyi divergences of order 1 + mu and 1 - mu from reference to policy; erm_lower is 0 at
-mu = 1 and not above 0 beyond. official is what the authors' code calls cvar: its quantile counts every item once, whatever its
-probability, and what is kept is not divided by its mass; it is the KL but for the items it drops, so above it where their Z is
-below 0.
+proportion. erm (entropic risk) are the Renyi divergences of order 1 + mu and 1 - mu from reference to policy; erm_lower is
+(1 - mu)/mu times the one of order mu from policy to reference, so 0 at mu = 1 and not above 0 beyond. official is what the
+authors' code calls cvar: its quantile counts every item once, whatever its probability, and what is kept is not divided by its
+mass; it is the KL but for the items it drops, so above it where their Z is below 0.
 
 Source: Rockafellar and Uryasev 2000, "Optimization of conditional value-at-risk" (cvar); Follmer and Schied 2002, "Convex
 measures of risk and trading constraints" (erm); Ra-DPO: Zhang et al. 2025, arXiv:2505.20359, eq. 17 to 21, and its authors'
@@ -111,7 +111,7 @@ def _quantile(z: torch.Tensor, q: torch.Tensor, mass: torch.Tensor) -> torch.Ten
         width = high - low
         if not ((width > 0) & width.isfinite()).any():
             return low
-        bins = ((z - low) / width.clamp(min=torch.finfo(z.dtype).tiny)).mul_(_BINS - 1).long().clamp_(0, _BINS - 1)
+        bins = ((z - low) / (width + (width == 0))).mul_(_BINS - 1).long().clamp_(0, _BINS - 1)
         inside = q.new_zeros(len(q), _BINS).scatter_add_(1, bins, q)
         upward = inside.flip(1).cumsum(1).flip(1)  # mass of a bin and of those above it, falls from left to right
         at = (upward > mass).sum(1, keepdim=True).sub_(1).clamp_(min=0)

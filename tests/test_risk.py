@@ -113,6 +113,12 @@ def test_several_items_at_the_quantile_count_in_the_same_proportion(upper: bool)
     close(value.abs(), [float((q[0] + (q[1] + q[2]) / 6) * q.sum() / mass)], 1e-14)
 
 
+def test_differences_at_the_end_of_float32_are_differences() -> None:
+    lp = -torch.arange(4.0)[None] * 1e-42
+    (gradient,) = torch.autograd.grad(risk.cvar_upper(lp.requires_grad_(), torch.zeros(1, 4), 0.5).sum(), lp)
+    assert gradient.tolist() == [[0, 0, -2, -2]]
+
+
 @every_measure
 @pytest.mark.parametrize("floors", [False, True])
 def test_gradcheck(measure: Callable, floors: bool) -> None:
@@ -148,6 +154,18 @@ def test_the_limits_are_the_kl(dtype: torch.dtype) -> None:
     lower = risk.official(lp, lq, 1 - 1e-9, False) - kl  # drops the one item with the smallest Z
     smallest = (lq - lp).min(1)
     torch.testing.assert_close(lower, -(lq.gather(1, smallest.indices[:, None]).squeeze(1).exp() * smallest.values))
+
+
+@pytest.mark.parametrize("mu", [0.3, 5.0])
+def test_entropic_risk_is_a_renyi_divergence(mu: float) -> None:
+    lp, lq = rows()
+
+    def renyi(order: float, lp: Tensor, lq: Tensor) -> Tensor:
+        return (order * lp + (1 - order) * lq).exp().sum(1).log() / (order - 1)
+
+    torch.testing.assert_close(risk.erm_upper(lp, lq, mu), renyi(1 + mu, lq, lp))
+    torch.testing.assert_close(risk.erm_lower(lp, lq, mu), renyi(1 - mu, lq, lp))
+    torch.testing.assert_close(risk.erm_lower(lp, lq, mu), (1 - mu) / mu * renyi(mu, lp, lq))
 
 
 @pytest.mark.parametrize("mu", [1e-6, 1e-3, 0.1, 1.0, 9.0])

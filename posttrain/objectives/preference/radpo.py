@@ -15,8 +15,9 @@ What the paper says, what it writes and what its authors' code does are three me
     code      `official`: a quantile of Z with every item of the vocabulary counted once, not with its probability; the sum of
               reference * Z above it, not divided by the mass of what is kept; the vocabulary first cut in two halves (`split`,
               on by default), where the comment speaks of chosen and rejected
-The default is the one that is averse to risk, as the paper means it. Of the entropic measure, which is not in the code, the
-authors write (1/mu) * log E e^(-mu Z), which is -erm_lower and so lowers the reward of a policy that drifts.
+The default is the one that is averse to risk, as the paper means it. The entropic measure is not in the code. The authors write
+it (1/mu) * log E e^(-mu Z), which is -erm_lower: below 0 for mu < 1, and (mu - 1)/mu times a Renyi divergence from policy to
+reference at the 5 to 9 that they take.
 
 Source: Zhang et al. 2025, "Risk-aware Direct Preference Optimization under Nested Risk Measure", arXiv:2505.20359, eq. 14 to
 21, and the authors' code, whose defaults are version 1, official, split, at a level of 0.95.
@@ -55,8 +56,8 @@ class RaDPOConfig:
     """Measure of risk; `official` is that of the authors' code."""
 
     mu: Positive = 0.97
-    """Level of the risk. cvar: the share looked at, 1 is the KL. erm: towards 0 the KL; the authors take 5 to 9. official: its
-    confidence level, below 1; the authors take 0.95."""
+    """Level of the risk. cvar: the share looked at, 1 is the KL; the authors take 0.95 to 0.99. erm: towards 0 the KL, and
+    erm_lower falls to 0 at 1. official: its confidence level, below 1; the authors take 0.95."""
 
     split: bool = True
     """official: the two halves of the vocabulary apart, as the authors' code does by default."""
