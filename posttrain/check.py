@@ -7,10 +7,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
 from . import console, memory, references, teachers
+from .checkpoints import checkpoint_to_resume
 from .data import Loaded
 from .models import add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
 from .recipe import Run
-from .records import checkpoint_to_resume
 from .run import compared, load_data, quiet_libraries, require_extras, settle, tokens_in_common
 from .schema import UserError
 from .trees import shareable

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import types
 from collections.abc import Sequence
@@ -224,9 +225,14 @@ def show(name: str | None, table: Path | None) -> None:
 
 def _train(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> None:
     run = _load(command, words, launch, processes)
-    from .run import execute, leave
+    from .run import Stopped, execute, leave
 
-    execute(run)
+    try:
+        execute(run)
+    except Stopped as stopped:
+        click.echo(f"posttrain: {stopped}", err=True)
+        leave()
+        sys.exit(128 + signal.SIGTERM)
     leave()
 
 

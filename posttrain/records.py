@@ -8,63 +8,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .recipe import Run
-from .schema import UserError
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 
 IDENTITY = ("objective", "model", "data", "reference", "layout")
-"""The sections of a run that make it another run. Those left (train, imports) may differ when one is continued."""
+"""The sections of a run that make it another run. Those left (train, imports) may differ when one is continued on request."""
 
 
-def checkpoint_to_resume(run: Run) -> str | None:
-    """The checkpoint that this run continues (train.resume_from_checkpoint), after a look at whose it is; None starts anew.
-
-    Raises:
-        UserError: the checkpoint is another run's or does not exist; or nothing is resumed and the output folder holds
-            checkpoints, of this run or of another.
-    """
-    output = Path(run.train["output_dir"])
-    asked = run.train.get("resume_from_checkpoint")
-    if not asked or asked in ("false", "False"):
-        _refuse_to_overwrite(run, output)
-        return None
-    if asked is True or asked in ("true", "True"):
-        found = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if found is None:
-            raise UserError(f"train.resume_from_checkpoint: {output} holds no checkpoint; leave it out to start anew")
-    elif not Path(asked, "trainer_state.json").is_file():
-        raise UserError(f"train.resume_from_checkpoint: {asked} is no checkpoint folder (checkpoint-<step>)")
-    else:
-        found = str(asked)
-    if difference := _difference(run, Path(found)):
-        raise UserError(f"train.resume_from_checkpoint: {found} is a checkpoint of another run: {difference}")
-    return found
-
-
-def _refuse_to_overwrite(run: Run, output: Path) -> None:
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    difference = _difference(run, output) if last or list(output.glob("*.safetensors")) else ""
-    if difference:
-        raise UserError(
-            f"train.output_dir: {output} holds another run's checkpoints or model: {difference}; choose another folder"
-        )
-    if last:
-        raise UserError(
-            f"train.output_dir: {output} holds checkpoints of this run (the last is {Path(last).name}); "
-            "train.resume_from_checkpoint=true continues it, another folder starts anew"
-        )
-
-
-def _difference(run: Run, folder: Path) -> str:
+def difference(run: Run, folder: Path, sections: Sequence[str] = IDENTITY) -> str:
     """The first setting in which `run` differs from the run that wrote `folder`; empty where there is none."""
     path = folder / RUN
     if not path.is_file():
@@ -74,9 +33,9 @@ def _difference(run: Run, folder: Path) -> str:
     except ValueError as error:
         return f"{path} is damaged ({error})"
     ours = json.loads(json.dumps(run.resolved()))
-    for section in IDENTITY:
-        if difference := _first_difference(theirs.get(section), ours[section], section):
-            return difference
+    for section in sections:
+        if found := _first_difference(theirs.get(section), ours[section], section):
+            return found
     return ""
 
 

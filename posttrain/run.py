@@ -14,21 +14,23 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from filelock import FileLock
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from . import card, console, data, memory, references, teachers
 from .arguments import WHERE_AVAILABLE
+from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, refuse_other_processes
 from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
 from .recipe import Run, load_run
-from .records import Records, checkpoint_to_resume
+from .records import Records
 from .schema import UserError
 from .stats import columns_of, roles_of
 from .trainer import Trainer
 
-__all__ = ["Prepared", "Run", "execute", "leave", "load_run", "precompute", "prepare"]
+__all__ = ["Prepared", "Run", "Stopped", "execute", "leave", "load_run", "precompute", "prepare"]
 
 _EXTRAS = {
     "wandb": "trackers",
@@ -65,6 +67,12 @@ class Prepared:
     checkpoint: str | None
     """The checkpoint to continue from."""
 
+    checkpoints: Checkpoints
+    """Completes checkpoints; knows whether the run was told to stop."""
+
+    lock: FileLock | None
+    """What keeps other runs out of the output folder; the first process has it."""
+
 
 def prepare(run: Run) -> Prepared:
     """Build a run: everything that can be wrong is looked at before weights are read.
@@ -75,7 +83,10 @@ def prepare(run: Run) -> Prepared:
     require_extras(run)
     references.kind_of(run)
     run, args = settle(run)
+    lock = occupy(Path(args.output_dir)) if args.process_index == 0 else None
     checkpoint = checkpoint_to_resume(run)
+    if checkpoint is not None:
+        refuse_other_processes(Path(checkpoint), args)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
     references.refuse_other_tokenizer(run, tokenizer)
@@ -97,7 +108,9 @@ def prepare(run: Run) -> Prepared:
     )
     for theirs in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(theirs)
-    return Prepared(run, args, tokenizer, loaded, model, trainer, checkpoint)
+    checkpoints = Checkpoints(run.train["save_total_limit"], trainer.accelerator)
+    trainer.add_callback(checkpoints)
+    return Prepared(run, args, tokenizer, loaded, model, trainer, checkpoint, checkpoints, lock)
 
 
 def execute(run: Run) -> Prepared:
@@ -105,6 +118,7 @@ def execute(run: Run) -> Prepared:
 
     Raises:
         UserError: as `prepare`, or a self-check that fails.
+        Stopped: it was told to stop, and left a checkpoint.
     """
     quiet_libraries()
     prepared = prepare(run)
@@ -113,13 +127,18 @@ def execute(run: Run) -> Prepared:
     if args.process_index == 0:
         console.listen()
         console.show(header(prepared), title=f"posttrain {run.objective.name}")
+        if prepared.checkpoint:
+            console.console().print(f"continued from {prepared.checkpoint}")
     result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    if prepared.checkpoints.stopped:
+        raise Stopped(f"stopped at step {trainer.state.global_step}; the same command continues from the checkpoint there")
     final = _final_evaluation(prepared)
     export(prepared)
     if args.process_index == 0:
         card.write(run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run))
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
+        prepared.lock.release()
     return prepared
 
 
@@ -239,7 +258,7 @@ def settle(run: Run) -> tuple[Run, TrainingArguments]:
     if train["dataloader_pin_memory"] == WHERE_AVAILABLE:
         train["dataloader_pin_memory"] = torch.cuda.is_available() and not train.get("use_cpu")
     try:
-        args = TrainingArguments(**{**train, **_joined_on_cpu(train)})
+        args = TrainingArguments(**{**train, **_joined_on_cpu(train), "save_total_limit": None})  # checkpoints.py removes them
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
     return dataclasses.replace(run, train=train), args

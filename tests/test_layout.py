@@ -23,7 +23,7 @@ LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs", "methods"},
     {"run", "check", "sample"},
-    {"card", "records", "console", "memory", "references", "teachers"},
+    {"card", "checkpoints", "records", "console", "memory", "references", "teachers"},
     {"online"},
     {"trainer"},
     {"selfcheck"},
