@@ -17,7 +17,6 @@ from heads import (
     policy,
     reference,
     stats_and_gradients,
-    values_and_gradients,
 )
 from posttrain_kernels import KLS, Rowwise, Separable, head_stats
 from torch import Tensor
@@ -125,18 +124,18 @@ def test_no_gradient_flows_through_what_f_does_not_differentiate() -> None:
     torch.testing.assert_close(out["reference_entropy"].detach(), other)
 
 
-def test_bfloat16_inputs() -> None:
+@pytest.mark.parametrize("eager", [None, "adaptive"])
+def test_bfloat16_inputs(eager: str | None) -> None:
     """float32 logits, and dW summed in float32 over the blocks of tokens: gradients within 2^-8 of the float64 truth."""
-    narrow, leaves = cast(policy(h=16), torch.bfloat16)
+    narrow, leaves = cast(policy(h=16, extra=True), torch.bfloat16)
     ref = cast(reference(), torch.bfloat16)[0]
     wide, wide_leaves = cast(narrow, torch.float64)
-    arguments = {"target": ids(), "workspace": TINY}
-    for eager in (None, "adaptive"):
-        got, gradients = values_and_gradients(narrow, leaves, ROWWISE[:1], ref=ref, eager=eager, **arguments)
-        want, truth = values_and_gradients(wide, wide_leaves, ROWWISE[:1], ref=cast(ref, torch.float64)[0], **arguments)
-        torch.testing.assert_close(got["adaptive"].double(), want["adaptive"], rtol=1e-5, atol=1e-5)
-        for gradient, true in zip(gradients, truth, strict=True):
-            assert gradient.dtype == torch.bfloat16 and (gradient - true).norm() <= 2**-8 * true.norm()
+    got = head_stats(narrow, ROWWISE[:1], ref=ref, workspace=TINY, eager=eager)["adaptive"]
+    want = head_stats(wide, ROWWISE[:1], ref=cast(ref, torch.float64)[0], impl="dense")["adaptive"]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    gradients, truth = torch.autograd.grad(got.mean(), leaves), torch.autograd.grad(want.mean(), wide_leaves)
+    for gradient, true in zip(gradients, truth, strict=True):
+        assert gradient.dtype == torch.bfloat16 and (gradient - true).norm() <= 2**-8 * true.norm()
 
 
 def test_one_number_for_each_token() -> None:
@@ -213,6 +212,17 @@ def test_eager_twice_through_one_graph() -> None:
     out = head_stats(head, ["reverse_kl"], ref=reference(), workspace=TINY, eager="reverse_kl")["reverse_kl"]
     first, second = (torch.autograd.grad(out.mean(), leaves, retain_graph=True) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("entry", ["reverse_kl", ROWWISE[0]], ids=["reverse_kl", "adaptive"])
+def test_eager_with_a_trained_adapter_on_a_frozen_head(entry: str | Rowwise) -> None:
+    """LoRA on the head: of the weights only that of the extra term gets a gradient."""
+    head, _ = cast(policy(extra=True), torch.float64, weight=False)
+    head.extra[0][1].requires_grad_()
+    leaves = [head.x, *head.extra[0]]
+    name = entry if isinstance(entry, str) else entry.name
+    outs = [head_stats(head, [entry], ref=reference(), workspace=TINY, eager=eager)[name] for eager in (name, None)]
+    torch.testing.assert_close(*(torch.autograd.grad(out.mean(), leaves) for out in outs), rtol=1e-11, atol=1e-11)
 
 
 def test_no_tokens() -> None:
