@@ -59,6 +59,7 @@ def one(method: str, options: argparse.Namespace) -> dict:
                 "warmup_steps": 4,
                 "logging_steps": 5,
                 "save_strategy": "no",
+                "eval_strategy": "no",
                 "use_cpu": options.cpu,
                 "seed": 1,
             },
