@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
+    "none (the student as it starts)": {"name": "kd", "untrained": True},
     "forward KL": {"name": "kd", "divergence": "forward_kl"},
     "reverse KL": {"name": "kd", "divergence": "reverse_kl"},
     "JSD 0.5": {"name": "kd", "divergence": "jsd:0.5"},
@@ -32,7 +33,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "forward KL, on-policy": {"name": "kd", "divergence": "forward_kl", "on_policy": 1.0},
     "reverse KL, on-policy": {"name": "kd", "divergence": "reverse_kl", "on_policy": 1.0},
 }
-"""Row of the table -> settings of the objective; `on_policy` is the fraction of batches that the student samples itself."""
+"""Row of the table -> settings of the objective; `on_policy` is the share of steps whose completions the student samples."""
 
 
 def shallow(teacher: str, layers: int, folder: Path) -> str:
@@ -57,7 +58,7 @@ def train(settings: dict[str, Any], student: str, seed: int, options: argparse.N
     from transformers import TrainerCallback
 
     from posttrain.recipe import load_run
-    from posttrain.run import execute, prepare, quiet_libraries  # noqa: F401
+    from posttrain.run import prepare, quiet_libraries
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -70,7 +71,7 @@ def train(settings: dict[str, Any], student: str, seed: int, options: argparse.N
             self.seconds.append(time.perf_counter() - self.start)
 
     settings = dict(settings)
-    fraction = settings.pop("on_policy", None)
+    fraction, untrained = settings.pop("on_policy", None), settings.pop("untrained", False)
     values = {
         "objective": settings,
         "model": {"name": student},
@@ -84,19 +85,21 @@ def train(settings: dict[str, Any], student: str, seed: int, options: argparse.N
             "warmup_steps": options.steps // 20,
             "logging_steps": 10,
             "save_strategy": "no",
+            "eval_strategy": "no",
             "use_cpu": options.cpu,
             "seed": seed,
         },
     }
     if fraction is not None:
-        values["rollouts"] = {"student": fraction, "max_new_tokens": options.new_tokens}
+        values |= {"rollouts": {"student": fraction}, "sampling": {"max_new_tokens": options.new_tokens}}
     recipe = Path(folder, "recipe.yaml")
     recipe.write_text(json.dumps(values))  # JSON is YAML
     quiet_libraries()
     prepared = prepare(load_run(recipe=recipe))
     clock = Clock()
     prepared.trainer.add_callback(clock)
-    prepared.trainer.train()
+    if not untrained:
+        prepared.trainer.train()
     losses = [log["loss"] for log in prepared.trainer.state.log_history if "loss" in log]
     quality = evaluate(prepared.model, prepared.tokenizer, prepared.data.eval, options)
     return {"seconds": clock.seconds, "losses": losses, **quality}
@@ -149,13 +152,6 @@ def evaluate(student: Any, tokenizer: Any, rows: Any, options: argparse.Namespac
         "teacher_nll": torch.cat(nll).mean().item(),
         "rouge_l": statistics.mean(rouge),
     }
-
-
-def untrained(student: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The student as it starts, on the same held-out rows."""
-    return train(
-        {"name": "kd", "divergence": "forward_kl"}, student, 1, argparse.Namespace(**{**vars(options), "steps": 0}), ""
-    )
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -13,7 +13,7 @@ import yaml
 from . import arguments, registry, shipped
 from .nested import Nested, nested_settings
 from .schema import UserError, adapter, suggest
-from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, SamplingConfig, TeacherConfig
+from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, RolloutsConfig, SamplingConfig, TeacherConfig
 
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
 
@@ -78,6 +78,9 @@ def sections(objective: registry.Objective) -> dict[str, list[Option]]:
     }
     if objective.reads_teacher:
         found["teacher"] = options(TeacherConfig, "teacher")
+        found["rollouts"] = options(RolloutsConfig, "rollouts")
+        found["sampling"] = options(SamplingConfig, "sampling")
+        found["engine"] = options(EngineConfig, "engine")
     elif objective.reads_reference(objective.config()):
         found["reference"] = options(ReferenceConfig, "reference")
     return found

@@ -15,15 +15,15 @@ from omegaconf import OmegaConf
 from . import arguments
 from .registry import Objective, find
 from .schema import UserError, parse, suggest
-from .settings import DataConfig, ModelConfig, ReferenceConfig, TeacherConfig
+from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, RolloutsConfig, SamplingConfig, TeacherConfig
 from .written import merge, read, section, split, whence
 
 Layout = Literal["auto", "tree", "separate"]
 
-SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind", "teacher": "model"}
+SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind", "teacher": "model", "engine": "kind"}
 """Sections that may be written as one word: `model: X` is `model: {name: X}`, `--reference cached` is reference.kind."""
 
-SECTIONS = (*SHORT, "layout", "train", "imports")
+SECTIONS = (*SHORT, "rollouts", "sampling", "layout", "train", "imports")
 """The keys of a recipe."""
 
 
@@ -49,6 +49,15 @@ class Run:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     """Who teaches, for a distillation."""
 
+    rollouts: RolloutsConfig = dataclasses.field(default_factory=RolloutsConfig)
+    """Which completions the models write themselves."""
+
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    """What samples them."""
+
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """How they are sampled."""
+
     layout: Layout = "auto"
     """How prompts and completions are laid out: tree shares a prompt among its completions, separate repeats it; auto shares
     where it is exact."""
@@ -67,6 +76,9 @@ class Run:
             "data": dataclasses.asdict(self.data),
             "reference": dataclasses.asdict(self.reference),
             "teacher": dataclasses.asdict(self.teacher),
+            "rollouts": dataclasses.asdict(self.rollouts),
+            "engine": dataclasses.asdict(self.engine),
+            "sampling": dataclasses.asdict(self.sampling),
             "layout": self.layout,
             "imports": list(self.imports),
             "train": {key: _plain(value) for key, value in self.train.items() if not _withheld(key, value)},
@@ -105,6 +117,9 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
         data=data,
         reference=parse(ReferenceConfig, section(values, "reference", where, SHORT), where("reference")),
         teacher=parse(TeacherConfig, section(values, "teacher", where, SHORT), where("teacher")),
+        rollouts=parse(RolloutsConfig, section(values, "rollouts", where, SHORT), where("rollouts")),
+        engine=parse(EngineConfig, section(values, "engine", where, SHORT), where("engine")),
+        sampling=parse(SamplingConfig, section(values, "sampling", where, SHORT), where("sampling")),
         layout=values.get("layout", "auto"),
         train=arguments.parse_train(section(values, "train", where, SHORT), where("train")),
         imports=tuple(values.get("imports") or ()),
@@ -156,6 +171,7 @@ def _full_key(key: str, method: Objective) -> str:
 
 def _refuse_contradictions(run: Run) -> None:
     _refuse_teacher(run)
+    _refuse_rollouts(run)
     if not run.objective.reads_reference(run.config) and run.reference != ReferenceConfig():
         raise UserError(f"reference: {run.objective.name} reads no reference; leave the section out")
     if run.reference.kind == "adapter" and run.model.peft is None:
@@ -185,6 +201,21 @@ def _refuse_teacher(run: Run) -> None:
             f"teacher: model is required by {method.name}: a hub id or folder (--teacher X); "
             "or kind = adapter, the student with its adapter off"
         )
+
+
+def _refuse_rollouts(run: Run) -> None:
+    if run.rollouts == RolloutsConfig():
+        if run.engine != EngineConfig() or run.sampling != SamplingConfig():
+            raise UserError(
+                "engine, sampling: nothing is sampled; give rollouts.student or rollouts.teacher a share, or leave them out"
+            )
+        return
+    if not run.objective.reads_teacher:
+        raise UserError(
+            f"rollouts: {run.objective.name} compares completions of the data; methods of distillation take rollouts"
+        )
+    if run.engine.kind == "file":
+        raise UserError("engine: kind = file holds completions sampled before; give them as data. Possible here: hf, vllm")
 
 
 def _evaluates(run: Run) -> bool:

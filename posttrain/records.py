@@ -19,8 +19,8 @@ from .recipe import Run
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 
-IDENTITY = ("objective", "model", "data", "reference", "layout")
-"""The sections of a run that make it another run. Those left (train, imports) may differ when one is continued on request."""
+IDENTITY = ("objective", "model", "data", "reference", "teacher", "rollouts", "sampling", "layout")
+"""The sections of a run that make it another run. Those left (train, engine, imports) may differ when one is continued."""
 
 
 def difference(run: Run, folder: Path, sections: Sequence[str] = IDENTITY) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,16 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from . import card, console, data, memory, references, teachers
 from .arguments import WHERE_AVAILABLE
 from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, refuse_other_processes
+from .engines.build import build as build_engine
+from .engines.build import ends_of
+from .engines.rollout import Engine
 from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
+from .online import OnlineTrainer
 from .recipe import Run, load_run
 from .records import Records
 from .schema import UserError
+from .settings import RolloutsConfig
 from .stats import columns_of, roles_of
 from .trainer import Trainer
 
@@ -93,7 +98,9 @@ def prepare(run: Run) -> Prepared:
     common = tokens_in_common(run, tokenizer, loaded)
     model = load_policy(run.model)
     reference = references.build(run, args, model, loaded) or teachers.build(run, common)
-    trainer = Trainer(
+    trainer = _trainer(
+        run,
+        tokenizer,
         objective=teachers.weighted(run.objective, teachers.weights(run)) if run.objective.reads_teacher else run.objective,
         config=run.config,
         model=model,
@@ -111,6 +118,28 @@ def prepare(run: Run) -> Prepared:
     checkpoints = Checkpoints(run.train["save_total_limit"], trainer.accelerator)
     trainer.add_callback(checkpoints)
     return Prepared(run, args, tokenizer, loaded, model, trainer, checkpoint, checkpoints, lock)
+
+
+def _trainer(run: Run, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Trainer:
+    """The trainer of a run: one with rollouts where it has such."""
+    if run.rollouts == RolloutsConfig():
+        return Trainer(**kwargs)
+
+    def engine(policy: Callable[[], nn.Module]) -> Engine:
+        folder = Path(run.train["output_dir"]) / ".weights"
+        return build_engine(
+            run.engine,
+            run.sampling,
+            run.model,
+            tokenizer,
+            model=policy,
+            folder=folder,
+            compute=trainer.compute_loss_context_manager,
+        )
+
+    ends, pad = ends_of(run.model, tokenizer), tokenizer.pad_token_id
+    trainer = OnlineTrainer(rollouts=run.rollouts, sampling=run.sampling, engine=engine, ends=ends, pad=pad, **kwargs)
+    return trainer
 
 
 def execute(run: Run) -> Prepared:

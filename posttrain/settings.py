@@ -262,3 +262,26 @@ class EngineConfig:
 
     path: str | None = None
     """file: JSON lines of prompts and completions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutsConfig:
+    """Whose completions a distillation learns from, where not from those of the data."""
+
+    student: Probability = 0.0
+    """Share of the steps whose completions the student samples itself, anew each time: on-policy distillation."""
+
+    teacher: Probability = 0.0
+    """Share of the steps whose completions the teacher samples (of several, the first)."""
+
+    corrections: NonNegativeInt = 0
+    """How often the teacher corrects the token of a student's completion at which they differ most, before the student writes
+    on from there (SCRG)."""
+
+    def __post_init__(self) -> None:
+        if self.student + self.teacher > 1:
+            raise ValueError(
+                f"student {self.student:g} and teacher {self.teacher:g} are shares of the steps; together at most 1"
+            )
+        if self.corrections and not self.student:
+            raise ValueError("corrections are of the student's completions; give student a share")

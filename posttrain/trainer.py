@@ -176,8 +176,13 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """All micro-batches of the next optimizer step, each with the step's context, and their global counts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.learned_from(batches)
         scalars = self.scalars(batches)
         return [batch | scalars for batch in batches], self.counts(batches, device)
+
+    def learned_from(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The micro-batches of a step as it learns from them: those of the data."""
+        return batches
 
     def scalars(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The context of the rows of all processes in `batches`, as entries of a batch: progress, running means, and the means

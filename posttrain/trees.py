@@ -167,6 +167,14 @@ class Collator:
         return {name.removeprefix("early."): tensor for name, tensor in batch.items() if name.startswith("early.")}
 
 
+def prompts_of(batch: Batch) -> list[list[int]]:
+    """The prompts in a batch, one a tree; their order is that of the trees in it, not of the rows it was made from."""
+    found = []
+    for ids, tree, branch in zip(batch["input_ids"], batch["tree"], batch["branch"], strict=True):
+        found += [ids[(tree == number) & (branch == 0)].tolist() for number in range(1, int(tree.max()) + 1)]
+    return found
+
+
 def pack(sizes: Sequence[int], scale: float) -> list[list[int]]:
     """Distribute trees over rows so that a forward of the padded rows costs least.
 
