@@ -30,8 +30,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "AKL": {"name": "akl"},
     "DAC-KL": {"name": "dackl"},
     "SinKD": {"name": "sinkd"},
-    "forward KL, on-policy": {"name": "kd", "divergence": "forward_kl", "on_policy": 1.0},
-    "reverse KL, on-policy": {"name": "kd", "divergence": "reverse_kl", "on_policy": 1.0},
+    "forward KL, half on-policy": {"name": "kd", "divergence": "forward_kl", "on_policy": 0.5},
+    "reverse KL, half on-policy": {"name": "kd", "divergence": "reverse_kl", "on_policy": 0.5},
 }
 """Row of the table -> settings of the objective; `on_policy` is the share of steps whose completions the student samples."""
 
