@@ -62,7 +62,8 @@ def _vocabulary(run: Run, tokenizer: PreTrainedTokenizerBase, loaded: Loaded) ->
     """What student and teachers have in common; nothing without a teacher."""
     if not run.objective.reads_teacher:
         return {}
-    tokens_in_common(run, tokenizer, loaded)
+    if teachers.other_tokenizer(run, tokenizer) is None:
+        tokens_in_common(run, tokenizer, loaded)
     return {"vocabulary": teachers.vocabulary(run, tokenizer)}
 
 

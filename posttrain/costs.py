@@ -15,7 +15,7 @@ from .stats import Costs
 def costs(head: Head, ref: Head, tokens: Tensor, want: Costs) -> dict[str, Tensor]:
     """`cost` and `cost_column` of N tokens; see `Costs`."""
     chosen = some(tokens, want.rows)
-    return scattered(kernels.l1_cost(_rows(head, chosen), _rows(ref, chosen)), chosen, len(tokens))
+    return scattered(kernels.l1_cost(some_rows(head, chosen), some_rows(ref, chosen)), chosen, len(tokens))
 
 
 def spans(head: Head, ref: Head) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def scattered(cost: Tensor, chosen: Tensor, n: int) -> dict[str, Tensor]:
     return {"cost": cost.new_zeros(n, len(chosen)).index_copy(0, chosen, cost), "cost_column": column}
 
 
-def _rows(head: Head, chosen: Tensor) -> Head:
+def some_rows(head: Head, chosen: Tensor) -> Head:
     """The head on some of its tokens."""
     extra = tuple((x[chosen], weight) for x, weight in head.extra)
     temperature = (

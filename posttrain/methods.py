@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import registry
 from .schema import UserError
-from .stats import Costs, Inside, Spans, States, Top, Want, columns_of
+from .stats import Costs, Inside, Ranked, Spans, States, Top, Want, columns_of
 
 MARKS = ("<!-- methods: from `posttrain show --table README.md` -->", "<!-- end of methods -->")
 """The lines between which a file has the table of methods."""
@@ -84,6 +84,8 @@ def _statistic(want: Want) -> str:
             return want
         case Top():
             return f"top {want.k}"
+        case Ranked():
+            return f"{want.k} largest"
         case Costs():
             return f"costs of {want.rows} tokens"
         case Spans():

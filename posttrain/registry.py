@@ -67,6 +67,9 @@ class Objective:
     """`(config, metrics of a log) -> warnings`: what in them says that the training goes wrong and what to change, one line
     each; each line is shown once."""
 
+    any_tokenizer: bool
+    """Whether its teacher may have a tokenizer of its own."""
+
     coupled: bool
     """Whether rows of one micro-batch affect each other's loss, so that it depends on how a batch is split."""
 
@@ -95,6 +98,7 @@ def objective(
     advise: Callable[[Any, Mapping[str, Sequence[float]]], Sequence[str]] | None = None,
     learned: Learned | None = None,
     watch: Callable[[Any, Mapping[str, float]], Sequence[str]] | None = None,
+    any_tokenizer: bool = False,
     coupled: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
@@ -109,6 +113,7 @@ def objective(
         advise: warnings from the settings and the columns of the training set; of a stream, which has no end, not asked.
         learned: parameters of its own.
         watch: warnings from the settings and the metrics of a log.
+        any_tokenizer: its teacher may have a tokenizer of its own.
         coupled: rows of a micro-batch affect each other's loss.
 
     Raises:
@@ -137,6 +142,7 @@ def objective(
             advise=advise,
             learned=learned,
             watch=watch,
+            any_tokenizer=any_tokenizer,
             coupled=coupled,
             document=inspect.cleandoc(sys.modules[function.__module__].__doc__ or ""),
         )

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, ref
 from .engines.build import build as build_engine
 from .engines.build import ends_of
 from .engines.rollout import Engine
+from .foreign import Retold
 from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
 from .online import OnlineTrainer
@@ -95,7 +97,8 @@ def prepare(run: Run) -> Prepared:
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
     references.refuse_other_tokenizer(run, tokenizer)
-    common = tokens_in_common(run, tokenizer, loaded)
+    other = teachers.other_tokenizer(run, tokenizer)
+    common = tokens_in_common(run, tokenizer, loaded) if other is None else None
     model = load_policy(run.model)
     reference = references.build(run, args, model, loaded) or teachers.build(run, common)
     trainer = _trainer(
@@ -108,6 +111,7 @@ def prepare(run: Run) -> Prepared:
         reference=reference,
         layout=run.layout,
         starts_at_reference=run.reference.model is None and not run.teacher.model,
+        retell=None if other is None else partial(Retold, tokenizer, other, teachers.positions(run)),
         train_dataset=loaded.train,
         eval_dataset=loaded.eval,
         processing_class=tokenizer,

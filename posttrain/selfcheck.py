@@ -46,7 +46,9 @@ class SelfCheck(TrainerCallback):
         with trainer.compute_loss_context_manager():
             layout, error = choose_layout(trainer.model, rows, trainer.roles, trainer.layout, trainer.impl)
             for teacher in trainer.reference.models if trainer.objective.reads_teacher else ():
-                layout, beside = choose_layout(teacher, rows, trainer.roles, _at_most(layout, trainer.layout), trainer.impl)
+                retold = trainer.data_collator.retold
+                theirs = rows if retold is None else [retold.row(row) for row in rows]
+                layout, beside = choose_layout(teacher, theirs, trainer.roles, _at_most(layout, trainer.layout), trainer.impl)
                 error = max(error, beside)
             trainer.data_collator.layout = layout
             self.report = {"layout": layout, "log-probs": f"within {error:.1e} nats of the model's own logits"}

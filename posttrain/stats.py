@@ -89,6 +89,18 @@ class Top:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """The k largest probabilities of each model at each token, whichever items they are of, largest first: `ranked_logps`,
+    with gradient, and `ranked_reference_logps`, [N, k] each or as many as a vocabulary has. The vocabularies need nothing in
+    common. Of a reference with a tokenizer of its own, `paired` [N] says where it has a token to compare with (1, else 0)."""
+
+    k: int
+
+    temperature: float = 1.0
+    """Divides the logits of both models."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class States:
     """What the reference's layers say of each token, `reference_states` [N, L, H]: the hidden state after each of its L decoder
     layers, the last one after the final norm; in the dtype it computes in."""
@@ -128,7 +140,7 @@ class Spans:
 Inside = States | Activations
 """What is read inside of the reference, for which neither log-probs nor an output head do."""
 
-Want = str | Sum | Rowwise | Top | Costs | Spans | Inside
+Want = str | Sum | Rowwise | Top | Ranked | Costs | Spans | Inside
 """What an objective asks for beyond log-probs: a statistic of the kernel or a divergence of divergences.py, by name, or one of
 the above."""
 

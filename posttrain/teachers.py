@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from . import registry
+from .foreign import Foreign
 from .models import attach, bf16_available, load_config, load_model, load_tokenizer, parameter_counts
 from .recipe import Run
 from .reference import AdapterOff, FrozenModel, Teachers
@@ -48,8 +49,7 @@ def common_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> int:
     for one in run.teacher.model:
         theirs = _by_id(load_tokenizer(_settings(run, one), "teacher.model"))
         sizes.append(len(theirs))
-        shared = min(len(ours), len(theirs))
-        differing = [id for id in range(shared) if ours[id] != theirs[id]]
+        shared, differing = min(len(ours), len(theirs)), _differing(ours, theirs)
         if differing:
             first = differing[0]
             others = "; uld accepts other tokenizers" if "uld" in registry.names() else ""
@@ -61,8 +61,26 @@ def common_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> int:
     return min(sizes)
 
 
+def other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer where it is another one than the student's and the objective does not mind; else None.
+
+    Raises:
+        UserError: there are several teachers, one of them with another tokenizer.
+    """
+    if not (run.objective.reads_teacher and run.objective.any_tokenizer):
+        return None
+    others = [load_tokenizer(_settings(run, one), "teacher.model") for one in run.teacher.model]
+    others = [other for other in others if _differing(_by_id(tokenizer), _by_id(other))]
+    if others and len(run.teacher.model) > 1:
+        raise UserError("teacher: of several teachers each needs the student's tokenizer; give one model")
+    return others[0] if others else None
+
+
 def vocabulary(run: Run, tokenizer: PreTrainedTokenizerBase) -> str:
     """What student and teachers have in common, in words."""
+    other = other_tokenizer(run, tokenizer)
+    if other is not None:
+        return f"{len(tokenizer):,} tokens of the student, {len(other):,} of the teacher, whose tokenizer is another one"
     size = common_tokens(run, tokenizer)
     rows = {run.model.name: _rows(run.model)} | {one.name: _rows(_settings(run, one)) for one in run.teacher.model}
     told = ", ".join(f"{name} has {count:,} rows" for name, count in rows.items())
@@ -89,11 +107,11 @@ def refuse_unread(run: Run, size: int, rows: Any) -> None:
             )
 
 
-def build(run: Run, size: int) -> Teachers | None:
+def build(run: Run, size: int | None) -> Teachers | Foreign | None:
     """The teachers of a run; None where it has none.
 
     Args:
-        size: tokens that they have in common with the student.
+        size: tokens that they have in common with the student; None where the one teacher has another tokenizer.
 
     Raises:
         UserError: one cannot be loaded.
@@ -107,7 +125,13 @@ def build(run: Run, size: int) -> Teachers | None:
         model = load_model(_settings(run, one), low_precision=True, where="teacher.model")
         attach(model)
         members.append(FrozenModel(model, one.name))
-    return Teachers(members, weights(run), size)
+    return Foreign(members[0]) if size is None else Teachers(members, weights(run), size)
+
+
+def positions(run: Run) -> int | None:
+    """Tokens that the first teacher can read; None where its configuration does not say."""
+    config = load_config(_settings(run, run.teacher.model[0]), "teacher.model")
+    return config.get_text_config().to_dict().get("max_position_embeddings")
 
 
 def sizes(run: Run) -> int:
@@ -158,6 +182,11 @@ def _settings(run: Run, one: TeacherModel) -> ModelConfig:
         attention=teacher.attention,
         trust_remote_code=teacher.trust_remote_code,
     )
+
+
+def _differing(ours: list[str | None], theirs: list[str | None]) -> list[int]:
+    """The ids that stand for one token here and for another there, as far as both have them."""
+    return [id for id, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]]
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import context, learned
+from .foreign import Foreign, Retold
 from .inside import refuse_unknown
 from .meter import Meter
 from .mismatch import early_roles
@@ -45,6 +46,7 @@ class Trainer(transformers.Trainer):
         layout: `tree`, `separate`, or `auto` (tree where the first rows give the same log-probs both ways).
         starts_at_reference: whether policy and reference are equal before training, which is then checked.
         impl: implementation of the kernel (`auto`, `dense`, `chunked`).
+        retell: makes the collator of a teacher that has another tokenizer from the student's.
         kwargs: those of `transformers.Trainer`.
 
     Raises:
@@ -60,10 +62,11 @@ class Trainer(transformers.Trainer):
         config: Any,
         model: nn.Module,
         args: TrainingArguments,
-        reference: FrozenModel | AdapterOff | CachedLogps | Teachers | None = None,
+        reference: FrozenModel | AdapterOff | CachedLogps | Teachers | Foreign | None = None,
         layout: str = "auto",
         starts_at_reference: bool = True,
         impl: str = "auto",
+        retell: Callable[[TreeCollator], Retold] | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
@@ -81,7 +84,7 @@ class Trainer(transformers.Trainer):
             )
         if self.inside:
             refuse_unknown(reference.body(model), self.inside)
-        self.layout, self.starts_at_reference = layout, starts_at_reference
+        self.layout, self.starts_at_reference, self.retell = layout, starts_at_reference, retell
         self.model_config = causal_lm(model).config
         theirs = self.model_config if reference is None else reference.body(model).config
         self.own = learned.add(model, objective, config, theirs, args.seed)
@@ -105,7 +108,8 @@ class Trainer(transformers.Trainer):
         scale = attention_scale(self.model_config)
         main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale)
         early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None
-        return Collator(main, early)
+        retold = None if self.retell is None else self.retell(dataclasses.replace(main, columns=()))
+        return Collator(main, early, retold)
 
     def statistics(self, model: nn.Module, batch: dict[str, Tensor], *, early: bool = False) -> Any:
         """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not).
@@ -144,7 +148,9 @@ class Trainer(transformers.Trainer):
         if self.needs_reference_head:
             asked = dataclasses.replace(request, want=(), inside=self.inside)
             heads, given = self.reference.heads(inner, batch, layout, asked)
-            return dataclasses.replace(request, refs=heads, want=(*request.want, "ref_logp"), given=given)
+            # A teacher with another tokenizer has no log-prob of the student's token.
+            more = () if self.retell is not None else ("ref_logp",)
+            return dataclasses.replace(request, refs=heads, want=(*request.want, *more), given=given)
         answer = self.reference.answer(inner, batch, layout, dataclasses.replace(request, want=("logp",)))
         return dataclasses.replace(request, given={"ref_logp": answer["logp"]})
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from .foreign import Retold
 
 Layout = Literal["tree", "separate"]
 Row = Mapping[str, Any]
@@ -144,6 +147,9 @@ class Collator:
     early: TreeCollator | None
     """Lays the early ones, each with its prompt."""
 
+    retold: Retold | None = None
+    """Lays the rows as a teacher with another tokenizer reads them, under keys of its own."""
+
     @property
     def layout(self) -> Layout:
         """The layout of both."""
@@ -151,7 +157,7 @@ class Collator:
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
-        for one in (self.main, self.early):
+        for one in (self.main, self.early, self.retold and self.retold.collator):
             if one is not None:
                 one.layout = layout
 
@@ -159,6 +165,8 @@ class Collator:
         batch = self.main(rows)
         if self.early is not None:
             batch |= {f"early.{name}": tensor for name, tensor in self.early(rows).items()}
+        if self.retold is not None:
+            batch |= self.retold(rows)
         return batch
 
     @staticmethod

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from .costs import costs, spans
 from .divergences import divergence
-from .stats import Costs, Rowwise, Spans, Sum, Top, Want
+from .stats import Costs, Ranked, Rowwise, Spans, Sum, Top, Want
 
 KERNEL_STATISTICS = ("logp", "ref_logp", "entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
 """What the kernel computes by name; any other name is a divergence of divergences.py."""
 
 DROPPED = "dropped/"
 """Begins the names of the shares of probability that two models put on what only one of them has."""
+
+_APART = (Ranked, Costs, Spans)
+"""Statistics with a pass over the vocabulary of their own."""
 
 
 def statistics(
@@ -41,9 +44,9 @@ def statistics(
     """
     out: dict[str, Tensor] = {}
     for entry in want:
-        if isinstance(entry, Costs | Spans):
-            out |= _of_several_tokens(entry, head, targets, ref)
-    want = [entry for entry in want if not isinstance(entry, Costs | Spans)]
+        if isinstance(entry, _APART):
+            out |= _apart(entry, head, targets, ref, impl)
+    want = [entry for entry in want if not isinstance(entry, _APART)]
     for temperature in sorted({_temperature(entry) for entry in want}):
         part = [entry for entry in want if _temperature(entry) == temperature]
         out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), index, impl)
@@ -57,9 +60,16 @@ def mean_logits(head: Head) -> Tensor:
     return mean if head.bias is None else mean + head.bias[: head.size].mean(dtype=dtype)
 
 
-def _of_several_tokens(want: Costs | Spans, head: Head, targets: Tensor, ref: Head) -> dict[str, Tensor]:
+def _apart(want: Ranked | Costs | Spans, head: Head, targets: Tensor, ref: Head, impl: str) -> dict[str, Tensor]:
     head, ref = _cooled(head, want.temperature), _cooled(ref, want.temperature)
-    return costs(head, ref, targets, want) if isinstance(want, Costs) else spans(head, ref)
+    match want:
+        case Costs():
+            return costs(head, ref, targets, want)
+        case Spans():
+            return spans(head, ref)
+    ids, _ = kernels.top_k(head, min(want.k, head.size))
+    logps = kernels.head_stats(head, ["gather"], index=ids, impl=impl)["gather"]
+    return {"ranked_logps": logps, "ranked_reference_logps": kernels.top_k(ref, min(want.k, ref.size))[1]}
 
 
 def _at(

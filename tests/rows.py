@@ -9,7 +9,7 @@ from torch import Tensor
 
 from posttrain.costs import scattered, some
 from posttrain.divergences import divergence
-from posttrain.stats import Activations, Costs, Inside, Rowwise, Spans, States, Sum, Top, Want
+from posttrain.stats import Activations, Costs, Inside, Ranked, Rowwise, Spans, States, Sum, Top, Want
 
 LAYERS = 2
 """Of the reference, as far as statistics of its inside are made up."""
@@ -45,6 +45,9 @@ def _entry(entry: Want, lp: Tensor, lq: Tensor, targets: Tensor) -> dict[str, Te
         case Top():
             reference_logps, ids = lq.topk(min(entry.k, lq.shape[-1]))
             return {"top_ids": ids, "top_reference_logps": reference_logps, "top_logps": lp.gather(-1, ids)}
+        case Ranked():
+            sides = [logps.sort(-1, descending=True).values[:, : entry.k] for logps in (lp, lq)]
+            return dict(zip(("ranked_logps", "ranked_reference_logps"), sides, strict=True))
         case Costs():
             chosen = some(targets, entry.rows)
             cost = (lp.exp()[chosen, None] - lq.exp()[None, chosen]).abs().sum(-1)

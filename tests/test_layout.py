@@ -27,7 +27,7 @@ LAYERS = [
     {"online"},
     {"trainer"},
     {"selfcheck"},
-    {"reference", "engines", "rewards", "learned"},
+    {"reference", "engines", "rewards", "learned", "foreign"},
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
     {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
@@ -37,7 +37,7 @@ LAYERS = [
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
-KERNEL_USERS = {"vocabulary", "costs", "reference", "models", "quickstart"}
+KERNEL_USERS = {"vocabulary", "costs", "foreign", "reference", "models", "quickstart"}
 """The modules that may import posttrain_kernels."""
 
 HEAVY = {

@@ -20,12 +20,13 @@ MERGES = [("a", "b"), ("Ġ", "y"), ("Ġy", "e"), ("Ġye", "s"), ("Ġ", "n"), ("�
 """What is more than one byte: `ab`, ` yes`, ` no` and the parts on the way."""
 
 
-def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(chat: bool = True, reverse: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer: id 5 + b for byte number b of the alphabet, then `MERGES`; puts <s> before text.
 
     With `chat`: a ChatML template that writes <s> itself, and <|im_end|> as eos; otherwise eos is </s>.
+    With `reverse` the bytes have their ids in the opposite order: another tokenizer of the same size.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
     vocabulary = {token: id for id, token in enumerate([*SPECIAL, *letters, *("".join(pair) for pair in MERGES)])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=MERGES))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -60,6 +60,7 @@ PROBE = Objective(
     advise=None,
     learned=None,
     watch=None,
+    any_tokenizer=False,
     coupled=False,
     document="",
 )

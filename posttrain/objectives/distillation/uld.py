@@ -4,12 +4,16 @@
 
 p teacher, q student. The sum is the Wasserstein distance of the two distributions under a cost that is the same for every
 two items; it does not know which item has which rank, so beside a cross-entropy it is a weak teacher, and where both models
-have one tokenizer `kd` tells the student more. Mean over the tokens of a completion, then over completions; that of CE is
-over tokens.
+have one tokenizer `kd` tells the student more. Only the `k` largest probabilities of each are compared: the sum is short by
+at most what is beyond them, which is logged. Mean over the tokens of a completion, then over completions; that of CE is over
+tokens.
+
+A teacher with another tokenizer reads the same text in its own tokens (foreign.py), and the two are compared position by
+position up to the end of the shorter one; |y| counts those positions, and `paired` logs their share of the student's.
 
 Source: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
-arXiv:2402.12030; the authors' code, llm-recipes, for the reduction and the weight. It compares answers position by position
-up to the length of the shorter one.
+arXiv:2402.12030; the authors' code, llm-recipes, for the reduction and the weight. It sorts the whole vocabularies, zeros
+appended to the smaller one.
 Value at policy == reference: depends on the data; the distance is 0.
 """
 
@@ -20,8 +24,8 @@ from dataclasses import dataclass
 import torch
 
 from ...registry import objective
-from ...schema import NonNegative
-from ...stats import Loss, Rowwise, Taught, wide
+from ...schema import NonNegative, PositiveInt
+from ...stats import Loss, Ranked, Taught, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +35,32 @@ class ULDConfig:
     weight: NonNegative = 1.5
     """Weight of the distance."""
 
+    k: PositiveInt = 1024
+    """Ranks that are compared; the whole vocabulary where it has no more."""
+
     ce_weight: NonNegative = 1.0
     """Weight of the cross-entropy of the data's tokens."""
 
 
-def _distance(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    q, p = (logps.sort(-1, descending=True).values.exp() for logps in (student, teacher))  # [n, V]
-    return (q - p).abs().sum(-1)
-
-
 @objective(
     reference=True,
-    want=(Rowwise(name="sorted_l1", f=_distance),),
+    want=lambda config: (Ranked(k=config.k),),
     start=lambda config: 0.0 if config.ce_weight == 0 else None,
+    any_tokenizer=True,
 )
 def uld(config: ULDConfig, rows: Taught) -> Loss:
     one = rows.completion
-    distance = wide(one["sorted_l1"])  # [N]
+    q, p = wide(one["ranked_logps"]).exp(), wide(one["ranked_reference_logps"]).exp()  # [N, k], [N, k']
+    most = max(q.shape[1], p.shape[1])
+    q, p = (torch.nn.functional.pad(side, (0, most - side.shape[1])) for side in (q, p))  # [N, most]
+    distance = (q - p).abs().sum(-1)  # [N]
+    paired = one.more.get("paired", torch.ones_like(distance))  # [N]
+    mean = one.sum(paired * distance) / one.sum(paired).clamp(min=1)  # [B]
+    metrics = {
+        "sorted_l1": distance.detach()[paired > 0],
+        "paired": paired,
+        "beyond/student": 1 - q.detach().sum(-1),
+        "beyond/teacher": 1 - p.sum(-1),
+    }
     cross_entropy = Loss(-config.ce_weight * wide(one.logps), per="completion")
-    return Loss(config.weight * one.mean(distance), {"sorted_l1": distance.detach()}, plus=cross_entropy)
+    return Loss(config.weight * mean, metrics, plus=cross_entropy)
