@@ -131,15 +131,8 @@ def _trainer(run: Run, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Tra
 
     def engine(policy: Callable[[], nn.Module]) -> Engine:
         folder = Path(run.train["output_dir"]) / ".weights"
-        return build_engine(
-            run.engine,
-            run.sampling,
-            run.model,
-            tokenizer,
-            model=policy,
-            folder=folder,
-            compute=trainer.compute_loss_context_manager,
-        )
+        compute = trainer.compute_loss_context_manager
+        return build_engine(run.engine, run.sampling, run.model, tokenizer, model=policy, folder=folder, compute=compute)
 
     ends, pad = ends_of(run.model, tokenizer), tokenizer.pad_token_id
     trainer = OnlineTrainer(rollouts=run.rollouts, sampling=run.sampling, engine=engine, ends=ends, pad=pad, **kwargs)
