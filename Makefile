@@ -38,5 +38,5 @@ $(VENV)/.run: $(VENV)/.torch $(DECLARED)
 # wheel: DeepSpeed comes as source only; it is built against the installed torch, without compiling its operators.
 $(VENV)/.dev: $(VENV)/.torch $(DECLARED)
 	$(PINNED) setuptools wheel packaging
-	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation --editable '.[dev,deepspeed,gguf,triton]'
+	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation --editable '.[dev,deepspeed,gguf,sentiment,triton]'
 	touch $@

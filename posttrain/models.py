@@ -179,7 +179,7 @@ def load_tokenizer(settings: ModelConfig, where: str = "model") -> PreTrainedTok
         UserError: no such folder or hub repository, or one without a tokenizer.
     """
     name = settings.tokenizer or settings.name
-    with _readable(f"{where}.{'tokenizer' if settings.tokenizer else 'name'}", name):
+    with readable(f"{where}.{'tokenizer' if settings.tokenizer else 'name'}", name):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
@@ -200,7 +200,7 @@ def load_config(settings: ModelConfig, where: str = "model") -> Any:
     Raises:
         UserError: no such folder or hub repository, or not a causal language model.
     """
-    with _readable(f"{where}.name", settings.name):
+    with readable(f"{where}.name", settings.name):
         config = AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
@@ -232,7 +232,7 @@ def load_model(settings: ModelConfig, *, low_precision: bool = False, where: str
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _readable(f"{where}.name", settings.name):
+        with readable(f"{where}.name", settings.name):
             model = AutoModelForCausalLM.from_pretrained(
                 settings.name,
                 config=config,
@@ -293,8 +293,12 @@ def dtypes(parameters: Sequence[Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _readable(where: str, name: str) -> Iterator[None]:
-    """Turn the many ways in which a folder or a hub repository cannot be read into one line."""
+def readable(where: str, name: str) -> Iterator[None]:
+    """Turn the many ways in which a folder or a hub repository cannot be read into one line.
+
+    Raises:
+        UserError: that line.
+    """
     if Path(name).is_absolute() or name.startswith((".", "~")):
         folder = Path(name).expanduser()
         if not folder.is_dir():

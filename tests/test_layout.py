@@ -46,6 +46,7 @@ HEAVY = {
     "triton": set(),
     "trl": set(),
     "gguf": {"quickstart"},
+    "vaderSentiment": {"rewards.rules"},
 }
 """Optional package -> the modules that may import it, and only inside a function."""
 

