@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig
 
 from posttrain.engines.hf import HFEngine, _Draw, whole
-from posttrain.engines.rollout import Rollout, cut, derived, truncation_warning
+from posttrain.engines.rollout import Rollout, cut, derived, probe, truncation_warning
 from posttrain.models import Request, attach, causal_lm, model_inputs
 from posttrain.schema import UserError, parse
 from posttrain.settings import SamplingConfig
@@ -190,6 +190,22 @@ def test_prompts_that_cannot_be_continued() -> None:
         engine(model).generate([[1], [1] * 250])
     with pytest.raises(UserError, match="prompt 1 of 1 is empty"):
         engine(model).generate([[]])
+
+
+def test_the_probe_tells_other_weights_from_rounding(caplog: pytest.LogCaptureFixture) -> None:
+    model = trained()
+    rollouts = engine(model).generate(PROMPTS, 2)
+    ours = trainer_logps(model, rollouts)
+    sizes = [len(one.completion) for one in rollouts]
+    split = [ours[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    assert probe(rollouts, split, "engine") == pytest.approx(1, abs=1e-5)
+    off = [[logp + 0.1 * (-1) ** i for i, logp in enumerate(one)] for one in split]
+    assert probe(rollouts, off, "engine") == pytest.approx(math.exp(0.1), abs=1e-4)
+    assert "engine: its log-probs are off the trainer's by a factor of 1.11 a token" in caplog.text
+    with pytest.raises(UserError, match=r"by a factor of 2.72 a token; it samples from other weights"):
+        probe(rollouts, [[logp - 1 for logp in one] for one in split], "engine")
+    with pytest.raises(UserError, match="by a factor of nan"):
+        probe(rollouts, [[math.nan] * size for size in sizes], "engine")
 
 
 def test_truncation_is_warned_of() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..models import bf16_available
 from ..schema import UserError
 from ..settings import EngineConfig, ModelConfig, SamplingConfig
 from . import weights
@@ -82,6 +83,8 @@ def ends_of(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Sequen
 
 
 def _options(config: EngineConfig, settings: ModelConfig) -> dict[str, Any]:
-    """Arguments of vllm.LLM: those of the model's settings that it shares, then the user's."""
+    """Arguments of vllm.LLM: those of the model's settings that it shares, then the user's. `dtype: auto` means what it means
+    for a model of ours that is not trained; vLLM's own takes float16 for float32 weights."""
+    dtype = ("bfloat16" if bf16_available() else "float32") if settings.dtype == "auto" else settings.dtype
     shared = {"revision": settings.revision, "tokenizer": settings.tokenizer, "trust_remote_code": settings.trust_remote_code}
-    return shared | {"dtype": settings.dtype} | (config.options or {})
+    return shared | {"dtype": dtype} | (config.options or {})

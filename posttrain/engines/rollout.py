@@ -5,6 +5,8 @@ Letters in shape comments: T tokens of a completion.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +18,11 @@ from ..settings import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_log = logging.getLogger("posttrain")
+
+_WARN, _STOP = 1.05, 1.5
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,29 @@ def refuse_prompts(prompts: Sequence[Sequence[int]], sampling: SamplingConfig, p
                 f"{where}: prompt {number} of {len(prompts)} has {len(prompt)} tokens, which with max_new_tokens = "
                 f"{sampling.max_new_tokens} is more than the model's {positions} positions; shorten one of them"
             )
+
+
+def probe(rollouts: Sequence[Rollout], trainer: Sequence[Sequence[float]], where: str) -> float:
+    """How far the engine's log-probs are from the trainer's on the same tokens: the mean of exp|difference|.
+
+    Made after weights were brought over, it finds those that were not: 1 is exact, above 1.05 it warns, above 1.5 it stops.
+
+    Args:
+        rollouts: with log-probs of the engine.
+        trainer: [T] the trainer's log-probs of each, at the engine's temperature.
+        where: how messages call the engine.
+
+    Raises:
+        UserError: engine and trainer cannot have the same weights.
+    """
+    pairs = [pair for one, ours in zip(rollouts, trainer, strict=True) for pair in zip(one.logps or (), ours, strict=True)]
+    gap = sum(math.exp(abs(theirs - ours)) for theirs, ours in pairs) / len(pairs)
+    said = f"{where}: its log-probs are off the trainer's by a factor of {gap:.3g} a token"
+    if gap > _STOP or math.isnan(gap):
+        raise UserError(f"{said}; it samples from other weights, or otherwise than it says (1 is exact, {_STOP} is the limit)")
+    if gap > _WARN:
+        _log.warning("%s (1 is exact, below %s is usual): lower precision, or stale weights", said, _WARN)
+    return gap
 
 
 def truncation_warning(sampling: SamplingConfig) -> str | None:

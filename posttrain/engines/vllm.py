@@ -12,6 +12,7 @@ from typing import Any
 
 from ..schema import UserError
 from ..settings import SamplingConfig
+from .client import EngineError
 from .rollout import Rollout, cut, refuse_prompts, seeds_for
 
 Export = Callable[[Path], None]
@@ -56,7 +57,7 @@ class VLLMEngine:
             raise UserError(f"engine.options.{name} is set here, to {fixed[name]}: rollouts have to be of the policy itself")
         try:
             self._llm: Any = vllm.LLM(model=model, **fixed, **(options or {}))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OSError, RuntimeError) as error:
             raise UserError(f"engine vllm: {' '.join(str(error).split())}") from None
         self._parameters = vllm.SamplingParams
         self._synced: int | None = None
@@ -72,7 +73,7 @@ class VLLMEngine:
         seeds = seeds_for(self.sampling, self.version, prompts, seeds)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         settings = [self._parameters(**parameters(self.sampling, self.ends, n, seed), detokenize=False) for seed in seeds]
-        answers = self._llm.generate(asked, settings, use_tqdm=False) if prompts else []
+        answers = self._answers(asked, settings) if prompts else []
         out = []
         for group, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             for one in sorted(answer.outputs, key=lambda one: one.index):
@@ -80,6 +81,14 @@ class VLLMEngine:
                 logps = [step[token].logprob for token, step in zip(ids, one.logprobs, strict=True)]
                 out.append(rollout(prompt, ids, logps, one.finish_reason, self.ends, group, self.version))
         return out
+
+    def _answers(self, asked: list[dict[str, Any]], settings: list[Any]) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._llm.generate(asked, settings, use_tqdm=False)
+        except EngineDeadError as error:
+            raise EngineError(f"engine vllm: its process died; what it wrote is above: {error}") from error
 
     def sync(self, version: int) -> None:
         """Write the policy's weights, have vLLM reload them, and forget what it cached of the old ones."""
@@ -89,7 +98,7 @@ class VLLMEngine:
         self.export(self.folder)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         if not self._llm.reset_prefix_cache():
-            raise UserError("engine vllm: the prefix cache could not be reset, so old and new weights would mix")
+            raise EngineError("engine vllm: the prefix cache could not be reset, so old and new weights would mix")
         self._synced = version
 
     def close(self) -> None:
