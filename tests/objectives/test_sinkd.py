@@ -127,6 +127,21 @@ def test_a_subset_stands_for_all(mass: str) -> None:
     assert len(chosen) == 4 and torch.equal(moved, chosen)
 
 
+@pytest.mark.parametrize("kind", ["unrolled", "implicit", "detached"])
+def test_among_the_tokens_of_a_completion(kind: str) -> None:
+    """Three completions in one batch are three transports of their own, weighted by their tokens, in value and gradient."""
+    file = taught_golden("sinkd_logdomain_uniform_detached")
+    config = SinKDConfig(**ALONE, among="completion", plan_gradient=kind)
+    together = sinkd(config, file.taught(SINKD.want(config))).values.sum()
+    alone = 0
+    for student, teacher, mask in zip(file.student, file.teacher, file.mask, strict=True):
+        rows = taught(student[mask], teacher[mask], torch.zeros(int(mask.sum()), dtype=torch.int64), SINKD.want(config))
+        alone = alone + sinkd(SinKDConfig(**ALONE, plan_gradient=kind), rows).values.sum()
+    close(together, alone.item(), 1e-12)
+    ours, theirs = (torch.autograd.grad(one, file.student)[0] for one in (together, alone))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
 def test_the_three_terms() -> None:
     file = taught_golden("sinkd_logdomain_uniform_detached")
     rows = file.taught(SINKD.want(SinKDConfig()))

@@ -7,9 +7,9 @@ i and j run over M completion tokens of the micro-batch, all of them or a random
 `temperature`. P has mass 1: were it diagonal, <P, W> would be twice the mean total variation. CE and KL are at temperature
 1. Iterations run on logarithms, where exp(-2 / eps) is not 0 for any eps. All means are over tokens.
 
-The transport depends on which tokens are together, so on how a step is split into micro-batches; the mean over micro-batches
-is weighted by their tokens. Its cost is M^2 V operations and, unrolled, 2 `iterations` M^2 numbers: 10 MB for 256 rows, 2.7
-GB for 4,096.
+Mass moves among all tokens, or among those of one completion (`among: completion`). The transport depends on which tokens
+are together, so on how a step is split into micro-batches; the mean over micro-batches is weighted by their tokens. Its cost
+is M^2 V operations and, unrolled, 2 `iterations` M^2 numbers: 10 MB for 256 rows, 2.7 GB for 4,096.
 
 `plan_gradient`: `unrolled` differentiates through the iterations, as released; `implicit` through the plan they converge to,
 in M^2 memory, and is as exact as they have converged; `detached` takes the plan as a constant, which is another gradient (39
@@ -61,6 +61,9 @@ class SinKDConfig:
     rows: PositiveInt = 256
     """M, tokens of a micro-batch that take part at most; time and memory grow with its square."""
 
+    among: Literal["batch", "completion"] = "batch"
+    """Whose tokens mass may move among: all of the micro-batch, or those of one completion."""
+
     plan_gradient: Literal["unrolled", "implicit", "detached"] = "unrolled"
     """What of the plan is differentiated."""
 
@@ -68,38 +71,46 @@ class SinKDConfig:
     """Total mass of the plan: 1, or M as released."""
 
 
-def sinkhorn(cost: torch.Tensor, eps: float, iterations: int) -> torch.Tensor:
-    """[M, M] costs -> the plan between uniform marginals, of mass M; each of its columns sums to 1, its rows nearly."""
+def sinkhorn(cost: torch.Tensor, eps: float, iterations: int, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    """[M, M] costs -> the plan between uniform marginals, of mass M; each of its columns sums to 1, its rows nearly.
+
+    Args:
+        allowed: [M, M] bool, blocks of tokens among which mass may move; None: all.
+    """
     logs = -cost / eps
+    if allowed is not None:
+        logs = logs.masked_fill(~allowed, -torch.inf)
     for _ in range(iterations):
         logs = logs - logs.logsumexp(1, keepdim=True)
         logs = logs - logs.logsumexp(0, keepdim=True)
     return logs.exp()
 
 
-def implicit_gradient(cost: torch.Tensor, plan: torch.Tensor, eps: float) -> torch.Tensor:
+def implicit_gradient(cost: torch.Tensor, plan: torch.Tensor, eps: float, allowed: torch.Tensor | None = None) -> torch.Tensor:
     """[M, M] the derivative of <P, W> in W where P is the converged plan: P (1 + (x_i + y_j - W_ij) / eps).
 
     P = exp((f_i + g_j - W_ij) / eps) has fixed sums, so a change of W changes f and g by the solution of a linear system; x and
-    y solve its adjoint, with the sums of P W on the right. It is singular, as f + c and g - c give the same plan.
+    y solve its adjoint, with the sums of P W on the right. It is singular, as f + c and g - c give the same plan (in each
+    block of `allowed`).
     """
     paid = plan * cost
     rows, columns = plan.sum(1), plan.sum(0)  # [M]
     reduced = torch.diag(columns) - plan.mT @ (plan / rows[:, None])
     right = paid.sum(0) - plan.mT @ (paid.sum(1) / rows)
-    y = torch.linalg.solve(reduced + torch.outer(columns, columns) / columns.sum(), right)
+    same = torch.outer(columns, columns)
+    y = torch.linalg.solve(reduced + (same if allowed is None else same * allowed) / columns.sum(), right)
     x = (paid.sum(1) - plan @ y) / rows
     return plan * (1 + (x[:, None] + y - cost) / eps)
 
 
-def _transported(config: SinKDConfig, cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _transported(config: SinKDConfig, cost: torch.Tensor, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """[M, M] costs -> [M] what each row pays, its gradient as the settings say, and [M, M] the plan without gradient."""
     if config.plan_gradient == "unrolled":
-        plan = sinkhorn(cost, config.eps, config.iterations)
+        plan = sinkhorn(cost, config.eps, config.iterations, allowed)
         return (plan * cost).sum(1), plan.detach()
     fixed = cost.detach()
-    plan = sinkhorn(fixed, config.eps, config.iterations)
-    slope = plan if config.plan_gradient == "detached" else implicit_gradient(fixed, plan, config.eps)
+    plan = sinkhorn(fixed, config.eps, config.iterations, allowed)
+    slope = plan if config.plan_gradient == "detached" else implicit_gradient(fixed, plan, config.eps, allowed)
     return (plan * fixed + slope * (cost - fixed)).sum(1), plan
 
 
@@ -113,7 +124,9 @@ def sinkd(config: SinKDConfig, rows: Taught) -> Loss:
     chosen = (column >= 0).nonzero().squeeze(1)  # [M]
     m, n = len(chosen), len(column)
     cost = wide(one["cost"])[chosen]  # [M, M]
-    paid, plan = _transported(config, cost)
+    completion = one.spread(torch.arange(len(one.lengths), device=column.device))[chosen]  # [M]
+    allowed = None if config.among == "batch" else completion[:, None] == completion
+    paid, plan = _transported(config, cost, allowed)
     share = n / max(m, 1) * (m if config.mass == "rows" else 1)  # so that the mean over tokens is <P, W>
     transport = paid.new_zeros(n).index_copy(0, chosen, share * paid)  # [N]
     forward = wide(one["forward_kl"])  # [N]
