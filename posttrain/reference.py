@@ -43,6 +43,7 @@ class FrozenModel:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.lm = causal_lm(model)
+        self._whole: dict[str, Tensor] = {}
         self.description = f"frozen model {name}"
 
     def body(self, model: nn.Module) -> PreTrainedModel:
@@ -63,6 +64,10 @@ class FrozenModel:
             config.pop(key, None)
         self.model, *_ = deepspeed.initialize(model=self.model, config=config)
         self.model.eval()
+        # Divergences read its head in the policy's forward and backward, where ZeRO-3 does not gather it: it stays whole.
+        parameters = dict(self.lm.get_output_embeddings().named_parameters())
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            self._whole = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def answer(self, model: nn.Module, batch: Batch, layout: Layout, request: Request) -> dict[str, Tensor]:
         """What the reference says of the tokens in `request` of a batch; `model` is the policy."""
@@ -75,7 +80,8 @@ class FrozenModel:
     ) -> tuple[tuple[Head, ...], dict[str, Tensor]]:
         """Its output head on those tokens, for divergences, and what it says of its inside."""
         told = self.answer(model, batch, layout, request)
-        return _with_logits(head_of(self.lm, told.pop("hidden")), told, request)
+        head = dataclasses.replace(head_of(self.lm, told.pop("hidden")), **self._whole)
+        return _with_logits(head, told, request)
 
 
 class AdapterOff:

@@ -67,6 +67,9 @@ class Rowwise:
     """(log policy [n, V], log reference [n, V], tokens [n]) -> [n], for a block of n tokens at a time; differentiable in log
     policy. The vocabulary is what both models have, and both log-probs are normalised over it."""
 
+    also: tuple[str, ...] = ()
+    """Keys of further numbers of a token, for metrics, that f gives beside its value: (value [n], *others [n])."""
+
     temperature: float = 1.0
     """Divides the logits of both models."""
 

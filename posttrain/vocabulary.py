@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import posttrain_kernels as kernels
@@ -14,7 +15,7 @@ from .costs import costs, spans
 from .divergences import divergence
 from .stats import Costs, Ranked, Rowwise, Spans, Sum, Top, Want
 
-KERNEL_STATISTICS = ("logp", "ref_logp", "entropy", "lse", "log_sum_p2", "max_logp", "argmax", "forward_kl", "reverse_kl")
+KERNEL_STATISTICS = (*kernels.ONE_HEAD, *kernels.TWO_HEADS)
 """What the kernel computes by name; any other name is a divergence of divergences.py."""
 
 DROPPED = "dropped/"
@@ -46,11 +47,45 @@ def statistics(
     for entry in want:
         if isinstance(entry, _APART):
             out |= _apart(entry, head, targets, ref, impl)
-    want = [entry for entry in want if not isinstance(entry, _APART)]
+    cut = "ref_logp" in want and ref.vocab is not None and (len(ref.weight) > ref.vocab or head.size > ref.vocab)
+    more = [name for name in ("lse", "ref_lse") if cut and name not in want]
+    want = [entry for entry in (*want, *more) if not isinstance(entry, _APART)]
     for temperature in sorted({_temperature(entry) for entry in want}):
         part = [entry for entry in want if _temperature(entry) == temperature]
         out |= _at(_cooled(head, temperature), part, targets, ref and _cooled(ref, temperature), index, impl)
-    return out
+    if cut:
+        out |= _dropped(head, ref, out["lse"], out["ref_lse"], impl)
+    return {name: values for name, values in out.items() if name not in more}
+
+
+def _dropped(head: Head, ref: Head, lse: Tensor, ref_lse: Tensor, impl: str) -> dict[str, Tensor]:
+    """[N] each: the probability that student and teacher put on rows of their heads beyond the teacher's vocabulary.
+
+    Args:
+        lse: [N] log sum exp of all of the student's logits.
+        ref_lse: [N] the same of the teacher's within its vocabulary.
+    """
+    with torch.no_grad():
+        whole = dataclasses.replace(ref, vocab=None)
+        return {
+            f"{DROPPED}student": (_beyond(head, ref.size, impl) - lse).exp(),
+            f"{DROPPED}teacher": (_beyond(whole, ref.size, impl) - ref_lse).sigmoid(),
+        }
+
+
+def _beyond(head: Head, first: int, impl: str) -> Tensor:
+    """[N] log sum exp of the logits of the items from `first` on; -inf where a head has none."""
+    if head.size <= first:
+        return torch.full((len(head.x),), -math.inf, dtype=head.dtype, device=head.x.device)
+    rest = slice(first, head.size)
+    part = dataclasses.replace(
+        head,
+        weight=head.weight[rest],
+        extra=tuple((x, weight[rest]) for x, weight in head.extra),
+        bias=None if head.bias is None else head.bias[rest],
+        vocab=None,
+    )
+    return kernels.head_stats(part, ["lse"], impl=impl)["lse"]
 
 
 def mean_logits(head: Head) -> Tensor:
@@ -93,7 +128,7 @@ def _entry(want: Want) -> kernels.Want:
         case Sum():
             return kernels.Separable(want.name, want.summand, want.slope)
         case Rowwise():
-            return kernels.Rowwise(want.name, want.f)
+            return kernels.Rowwise(want.name, want.f, also=want.also)
     if want in KERNEL_STATISTICS:
         return want
     entry = divergence(want)

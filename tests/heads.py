@@ -15,7 +15,7 @@ from posttrain.divergences import divergence
 
 N, V = 45, 700
 DIVERGENCES = ["forward_kl", "reverse_kl", *(Separable(d, divergence(d).summand) for d in ("js", "alpha:0.3", "jeffreys"))]
-EVERYTHING = [*ONE_HEAD, "ref_logp", *DIVERGENCES]
+EVERYTHING = [*ONE_HEAD, "ref_logp", "ref_lse", *DIVERGENCES]
 TINY = 1
 """A workspace that makes every tile and block as small as they get: 64 items, 32 tokens."""
 

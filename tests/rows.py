@@ -37,7 +37,8 @@ def _entry(entry: Want, lp: Tensor, lq: Tensor, targets: Tensor) -> dict[str, Te
         case Sum():
             return {entry.name: entry.summand(lp, lq).sum(-1)}
         case Rowwise():
-            return {entry.name: entry.f(lp, lq, targets)}
+            values, *others = entry.f(lp, lq, targets) if entry.also else (entry.f(lp, lq, targets),)
+            return {entry.name: values, **dict(zip(entry.also, others, strict=True))}
         case States():
             return {"reference_states": torch.stack([(layer + 1) * lq + lq.sin() for layer in range(LAYERS)], 1)}
         case Activations():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +143,91 @@ def test_refused(small: list[str], objective: str, settings: list[str], message:
     result = invoke(objective, *small, *settings)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+# Vocabularies
+
+
+def test_padded_heads_are_cut_to_the_real_tokens(small: list[str], tmp_path: Path) -> None:
+    """Rows beyond the tokenizer's tokens: the loss is that between the real ones, and what is dropped is logged."""
+    wide = saved(tmp_path / "student", rows=5)
+    teacher = saved(tmp_path / "teacher", rows=40, hidden_size=48, seed=1)
+    done = run([*small, f"model={wide}", f"teacher={teacher}", "train.max_steps=1", "train.per_device_train_batch_size=8"])
+    size = len(done.tokenizer)
+    assert done.trainer.reference.size == size
+    rows = [done.data.train[i] for i in range(8)]
+    values, spare = [], {"student": [], "teacher": []}
+    models = {"student": tiny("llama", vocab_size=size + 5), "teacher": taught_by(done)}
+    with torch.no_grad():
+        for row in rows:
+            ids, at = torch.tensor([[*row["prompt"], *row["completion"][0]]]), len(row["prompt"]) - 1
+            logits = {who: model(input_ids=ids).logits[0, at:-1] for who, model in models.items()}
+            lp, lq = (logits[who][:, :size].log_softmax(-1) for who in logits)
+            values += (lq.exp() * (lq - lp)).sum(-1).tolist()
+            for who, z in logits.items():
+                spare[who] += z.softmax(-1)[:, size:].sum(-1).tolist()
+    mean = lambda numbers: sum(numbers) / len(numbers)  # noqa: E731
+    logged = read_metrics(Path(done.args.output_dir))[0]
+    assert logged["loss"] == pytest.approx(mean(values), abs=1e-5)
+    for who, numbers in spare.items():
+        assert logged[f"dropped/{who}"] == pytest.approx(mean(numbers), rel=1e-3)
+
+
+def taught_by(done: Prepared) -> torch.nn.Module:
+    return done.trainer.reference.models[0]
+
+
+def test_equal_heads_drop_nothing_and_say_nothing(small: list[str]) -> None:
+    assert not any("dropped" in name for name in read_metrics(Path(run([*small, "train.max_steps=1"]).args.output_dir))[0])
+
+
+def test_another_tokenizer_is_refused(small: list[str], tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    other = saved(tmp_path / "other")
+    written = json.loads((other / "tokenizer.json").read_text())
+    written["model"]["vocab"] = vocabulary
+    (other / "tokenizer.json").write_text(json.dumps(written))
+    for command in ("kd", "check"):
+        settings = small if command == "kd" else ["objective=kd", *small]
+        result = invoke(command, *settings, f"teacher={other}")
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+        assert f"teacher: {other} has another tokenizer than" in result.stderr
+        assert f"2 of {len(tokenizer)} ids stand for other tokens" in result.stderr and "id by id" in result.stderr
+
+
+def test_tokens_that_only_the_student_has(small: list[str], student: Path, tmp_path: Path) -> None:
+    """They are cut where the data has none of them, and refused where it has."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    wide = tmp_path / "student"
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(wide)
+    tokenizer.save_pretrained(wide)
+    done = run([*small, f"model={wide}", "train.max_steps=1"])
+    assert done.trainer.reference.size == len(tokenizer) - 1
+    assert "dropped/student" in read_metrics(Path(done.args.output_dir))[0]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "ab?", "completion": f"{i} <new>"}) + "\n" for i in range(8)))
+    result = invoke("kd", *small, f"model={wide}", f"data={path}", f"train.output_dir={tmp_path / 'new'}")
+    assert result.exit_code == 2 and f"has token {len(tokenizer) - 1}" in result.stderr
+
+
+@pytest.mark.multi
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_a_teacher_in_pieces(small: list[str], tmp_path: Path) -> None:
+    """Two processes under ZeRO-3, which cuts student and teacher, make the same steps as one process."""
+    small = [*small, "train.max_steps=2", "train.optim=adamw_torch", "data.eval_size=0"]
+    alone, apart = tmp_path / "alone", tmp_path / "apart"
+    run([*small, "train.per_device_train_batch_size=4", f"train.output_dir={alone}"])
+    words = [*small, "train.per_device_train_batch_size=2", f"train.output_dir={apart}"]
+    words += ["--launch", "zero3", "--processes", "2"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+    subprocess.run([sys.executable, "-c", build], capture_output=True, check=True, env=environment)
+    command = [sys.executable, "-m", "posttrain", "kd", *words]
+    got = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert got.returncode == 0, got.stderr[-3000:]
+    found = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (alone, apart)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)

@@ -270,3 +270,34 @@ def test_eager_makes_no_gradients_that_nobody_needs() -> None:
             return peak_bytes(lambda: head_stats(head, ["logp"], target=ids(64), workspace=1 << 20, eager="logp"))
 
     assert max(call(frozen, True), call(trained, False)) < 4 * v * h / 2 < call(trained, True)
+
+
+def spread(lp: Tensor, lq: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A margin, and beside it how far the reference's reaches and the policy's entropy."""
+    return lp.topk(2).values.diff(dim=-1).squeeze(1), lq.amax(-1) - lq.mean(-1), -(lp.exp() * lp).sum(-1)
+
+
+@pytest.mark.parametrize("eager", [None, "spread"])
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_further_numbers_come_with_the_value_and_have_no_gradient(impl: str, eager: str | None, trained: bool) -> None:
+    entry = Rowwise("spread", spread, also=("reach", "entropy of the common"))
+    head, leaves = cast(policy(v=V + 20), torch.float64, weight=trained)
+    got = head_stats(head, ["logp", entry], target=ids(), ref=reference(), workspace=TINY, impl=impl, eager=eager)
+    plain = head_stats(head, ["logp", Rowwise("spread", lambda *rows: spread(*rows)[0])], target=ids(), ref=reference())
+    assert list(got) == ["logp", "spread", *entry.also]
+    assert not any(got[name].requires_grad for name in entry.also)
+    rows = [(one.x @ one.weight[:V].mT).log_softmax(-1) for one in (head, reference())]
+    for name, expected in zip(["spread", *entry.also], spread(*rows, None), strict=True):
+        torch.testing.assert_close(got[name], expected, rtol=1e-10, atol=1e-10)
+    ours, theirs = (torch.autograd.grad((one["spread"] * 0.1).sum(), leaves) for one in (got, plain))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_further_numbers_have_names() -> None:
+    entry = Rowwise("spread", spread, also=("spread", "other"))
+    with pytest.raises(ValueError, match="names must differ"):
+        head_stats(policy(), [entry], ref=reference())
+    with pytest.raises(ValueError):
+        head_stats(policy(), [Rowwise("spread", spread, also=("reach",))], ref=reference())

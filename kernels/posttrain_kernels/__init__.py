@@ -50,9 +50,9 @@ def head_stats(
         head: the policy; gradients flow to its tensors.
         want: what to compute. Of the policy alone: `logp` (at target), `lse` (log sum exp of the logits), `entropy`,
             `log_sum_p2` (log sum_v p_v^2), `max_logp`, `argmax` (int64), `gather` (log-probs at index). With `ref`:
-            `ref_logp` (at target), `forward_kl` = KL(ref || policy), `reverse_kl` = KL(policy || ref), or any `Separable`.
-            With or without `ref`: any `Rowwise`. Statistics of two heads run over the vocabulary that both have, each
-            renormalised there (`ref_logp` excepted); the others over the head's own.
+            `ref_logp` (at target), `ref_lse`, `forward_kl` = KL(ref || policy), `reverse_kl` = KL(policy || ref), any
+            `Separable`. With or without `ref`: any `Rowwise`. Statistics of two heads run over the vocabulary that both have,
+            each renormalised there (`ref_logp` and `ref_lse` excepted); the others over the head's own.
         target: [N] int64 ids.
         index: [N, K] int64 ids.
         ref: the second head (reference, teacher): any hidden size, no gradient.
@@ -63,7 +63,8 @@ def head_stats(
             holding dW from the forward on. If the numbers differ after all, the gradient is still exact and nothing is saved.
 
     Returns:
-        By name, [N] (gather: [N, K]) float32 tensors, float64 for float64 inputs; all differentiable but argmax and ref_logp.
+        By name, [N] (gather: [N, K]) float32 tensors, float64 for float64 inputs; all differentiable but argmax, ref_logp,
+        ref_lse and what a Rowwise gives beside its value.
 
     Raises:
         ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary.

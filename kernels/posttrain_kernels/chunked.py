@@ -26,7 +26,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .backward import backward_pass
 from .fold import State
 from .forward import forward_pass
-from .head import CONSTANT, KLS, Form, Head, Rowwise, Separable, Want, name_of
+from .head import CONSTANT, KLS, Form, Head, Rowwise, Separable, Want, name_of, names_of
 from .task import Gradients, Need, Result, Sizes, Task
 
 _CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "chunk": 2048}
@@ -81,14 +81,19 @@ class _Plan:
 
     @property
     def names(self) -> list[str]:
-        return [name_of(entry) for entry in self.want]
+        return names_of(self.want)
+
+    @property
+    def constant(self) -> set[str]:
+        """The statistics without gradient."""
+        return {*CONSTANT, *self.names[len(self.want) :]}
 
     @property
     def unit(self) -> str | None:
         """The statistic whose gradient is taken in the forward."""
         if self.eager or self.need.head:
             return self.eager
-        names = [name for name in self.names if name not in (*CONSTANT, "gather")]
+        names = [name for name in self.names if name not in {*self.constant, "gather"}]
         return "logp" if "logp" in names else next(iter(names), None)
 
     def task(self, tensors: Sequence[Tensor | None]) -> Task:
@@ -121,9 +126,9 @@ def chunked_stats(
     eager: str | None,
 ) -> dict[str, Tensor]:
     """`head_stats` without an [N, V] tensor."""
-    names = [name_of(entry) for entry in want]
+    names = names_of(want)
     rowwise = [entry for entry in want if isinstance(entry, Rowwise)]
-    both = ref is not None and (rowwise or any(_is_divergence(entry) or entry == "ref_logp" for entry in want))
+    both = ref is not None and (rowwise or any(_is_divergence(entry) or entry in ("ref_logp", "ref_lse") for entry in want))
     heads = [head, ref] if both else [head]
     need = Need.of(head)
     single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *CONSTANT}
@@ -147,7 +152,7 @@ class _Statistics(torch.autograd.Function):
         result = forward_pass(plan.task(inputs), unit=plan.unit, need=plan.need)
         outputs = plan.read(result)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(v for name, v in zip(plan.names, outputs, strict=True) if name in CONSTANT))
+        ctx.mark_non_differentiable(*(v for name, v in zip(plan.names, outputs, strict=True) if name in plan.constant))
         ctx.plan, ctx.sums, ctx.inputs, ctx.unit = plan, tuple(result.sums), len(inputs), result.unit
         # The inputs are saved as they came: a parameter whose data is swapped between the passes (ZeRO-3) is read anew.
         ctx.save_for_backward(*inputs, *result.state.tensors(), result.reference, *result.sums.values())

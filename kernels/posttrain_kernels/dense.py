@@ -52,8 +52,12 @@ def dense_stats(
             case "ref_logp":
                 with torch.no_grad():
                     out[entry] = logits(ref, ref.size).log_softmax(-1).gather(1, target[:, None]).squeeze(1).to(lp.dtype)
+            case "ref_lse":
+                with torch.no_grad():
+                    out[entry] = logits(ref, ref.size).logsumexp(-1).to(lp.dtype)
             case Rowwise():
-                out[entry.name] = entry(*_both(z, ref, head), target)
+                out[entry.name], others = entry(*_both(z, ref, head), target)
+                out |= others
             case _:
                 divergence = entry if isinstance(entry, Separable) else KLS[entry]
                 out[divergence.name] = divergence.f(*_both(z, ref, head)).sum(-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .fold import State
 from .gradient import slope
-from .head import FLOOR, Head
+from .head import FLOOR, Head, names_of
 from .kept import block_gradient, coefficients_of, log_probs, parts
 from .project import exact_products, logits_tile, tile_weights
 from .task import Block, Gradients, Need, Result, Sizes, Task
@@ -31,7 +31,7 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
     result = Result(
         state,
         None if ref_state is None else ref_state.common,
-        values={name: zeros(n) for name in (*task.divergences, *task.rowwise)},
+        values={name: zeros(n) for name in (*task.divergences, *names_of(list(task.rowwise.values())))},
         sums={name: zeros(n) for name in task.divergences if need is not None},
         unit=Gradients.zeros(head, need) if unit else None,
     )
@@ -56,6 +56,8 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
     result.state = state.rows(slice(n))
     if ref_state is not None:
         result.reference = ref_state.common[:n]
+    if "ref_lse" in task.names:
+        result.values["ref_lse"] = ref_state.rows(slice(n)).lse.to(head.dtype)
     if "ref_logp" in task.names:
         result.values["ref_logp"] = ref_state.rows(slice(n)).read("logp", 1).to(head.dtype)
     return result
@@ -109,4 +111,6 @@ def _rowwise(task: Task, result: Result, rows: slice, kept: list[list[Tensor]], 
         target = None if task.target is None else task.target[tokens]
         for name, entry in task.rowwise.items():
             if name != unit:
-                result.values[name][tokens] = entry(lp, lq, target)
+                values, others = entry(lp, lq, target)
+                for its, numbers in {name: values, **others}.items():
+                    result.values[its][tokens] = numbers

@@ -38,15 +38,16 @@ def slope(divergence: Separable, lp: Tensor, lq: Tensor) -> Tensor:
 
 def row_slope(
     entry: Rowwise, lp: Tensor, lq: Tensor | None, target: Tensor | None, upstream: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Values [n] of a Rowwise, and [n, C] upstream * f_l, 0 where lp is at the floor (None: it does not depend on lp)."""
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Values [n] of a Rowwise by name, and [n, C] upstream * f_l, 0 where lp is at the floor (None: it is constant in lp)."""
     with torch.enable_grad():
         lp = lp.detach().requires_grad_()
-        values = entry(lp, lq, target)
+        values, others = entry(lp, lq, target)
+        found = {entry.name: values.detach(), **others}
         if not values.requires_grad:
-            return values, None
+            return found, None
         (derivative,) = torch.autograd.grad(values, lp, upstream.to(values.dtype), allow_unused=True)
-    return values.detach(), None if derivative is None else derivative.masked_fill(lp <= FLOOR, 0)
+    return found, None if derivative is None else derivative.masked_fill(lp <= FLOOR, 0)
 
 
 @dataclass

@@ -11,10 +11,10 @@ from torch import Tensor
 ONE_HEAD = ("logp", "lse", "entropy", "log_sum_p2", "max_logp", "argmax", "gather")
 """Statistics of the policy alone."""
 
-TWO_HEADS = ("ref_logp", "forward_kl", "reverse_kl")
+TWO_HEADS = ("ref_logp", "ref_lse", "forward_kl", "reverse_kl")
 """Statistics that also read `ref`."""
 
-CONSTANT = ("argmax", "ref_logp")
+CONSTANT = ("argmax", "ref_logp", "ref_lse")
 """Statistics without a gradient."""
 
 FLOOR = -1e4
@@ -138,16 +138,20 @@ class Rowwise:
     temporaries: int = 16
     """How many [n, C] tensors f and its derivative hold at once at most (an int64 one counts twice); n follows from it."""
 
-    def __call__(self, lp: Tensor, lq: Tensor | None, target: Tensor | None) -> Tensor:
-        """[n] values of f.
+    also: tuple[str, ...] = ()
+    """Names of further numbers of a token, without gradient, that f gives beside its value: (value [n], *others [n])."""
+
+    def __call__(self, lp: Tensor, lq: Tensor | None, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """[n] values of f, and the further numbers by name.
 
         Raises:
-            ValueError: f does not give one number a token.
+            ValueError: f does not give one number a token, or not as many as `also` names.
         """
-        values = self.f(lp, lq, target)
-        if values.shape != lp.shape[:1]:
-            raise ValueError(f"want: {self.name!r} gave {list(values.shape)}, expected [{len(lp)}], a number for each token")
-        return values
+        values, *others = self.f(lp, lq, target) if self.also else (self.f(lp, lq, target),)
+        for one in (values, *others):
+            if one.shape != lp.shape[:1]:
+                raise ValueError(f"want: {self.name!r} gave {list(one.shape)}, expected [{len(lp)}], a number for each token")
+        return values, {name: one.detach() for name, one in zip(self.also, others, strict=True)}
 
 
 KLS = {
@@ -165,6 +169,11 @@ def name_of(entry: Want) -> str:
     return entry if isinstance(entry, str) else entry.name
 
 
+def names_of(want: Sequence[Want]) -> list[str]:
+    """The keys under which wanted statistics are returned, those of `also` last."""
+    return [name_of(entry) for entry in want] + [name for e in want if isinstance(e, Rowwise) for name in e.also]
+
+
 def common(head: Head, ref: Head) -> int:
     """Size of the vocabulary two-head statistics run over: the first items that both heads have."""
     return min(head.size, ref.size)
@@ -178,7 +187,7 @@ def check(
     Raises:
         ValueError: an unknown or repeated name, a missing argument, or shapes that do not fit; says which.
     """
-    names = [name_of(entry) for entry in want]
+    names = names_of(want)
     if len(set(names)) < len(names):
         raise ValueError(f"want: names must differ, got {names}")
     possible = ", ".join(ONE_HEAD + TWO_HEADS)

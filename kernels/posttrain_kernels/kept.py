@@ -112,9 +112,10 @@ def _row_gradient(task: Task, result: Result, own: Coefficients, tokens: slice, 
     target = None if task.target is None else task.target[tokens]
     total = torch.zeros_like(lp)
     for name, upstream in own.rowwise.items():
-        values, derivative = row_slope(task.rowwise[name], lp, lq, target, upstream)
-        if name in result.values:
-            result.values[name][tokens] = values
+        found, derivative = row_slope(task.rowwise[name], lp, lq, target, upstream)
+        for its, values in found.items():
+            if its in result.values:
+                result.values[its][tokens] = values
         if derivative is not None:
             total += derivative
     return total.addcmul_(lp.exp_(), total.sum(-1, keepdim=True), value=-1)
