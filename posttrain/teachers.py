@@ -65,7 +65,7 @@ def other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedT
     """The teacher's tokenizer where it is another one than the student's and the objective does not mind; else None.
 
     Raises:
-        UserError: there are several teachers, one of them with another tokenizer.
+        UserError: it is another one, and there are several teachers, or rollouts that it would have to write.
     """
     if not (run.objective.reads_teacher and run.objective.any_tokenizer):
         return None
@@ -73,6 +73,10 @@ def other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedT
     others = [other for other in others if _differing(_by_id(tokenizer), _by_id(other))]
     if others and len(run.teacher.model) > 1:
         raise UserError("teacher: of several teachers each needs the student's tokenizer; give one model")
+    if others and (run.rollouts.teacher or run.rollouts.corrections):
+        raise UserError(
+            "rollouts: a teacher with another tokenizer can neither write nor correct them; rollouts.student is possible"
+        )
     return others[0] if others else None
 
 

@@ -78,6 +78,17 @@ def test_a_run(tmp_path: Path) -> None:
     assert len(logs) == 2 and all(0 < line["sorted_l1"] < 2 and 0 < line["paired"] <= 1 for line in logs)
 
 
+def test_rollouts_of_the_student_are_retold_too(tmp_path: Path) -> None:
+    execute(load_run("uld", overrides=changes(tmp_path, "rollouts.student=1", "sampling.max_new_tokens=5")))
+    logs = [line for line in read_metrics(tmp_path / "out") if "loss" in line]
+    assert all(line["rollouts/student"] == 1 and 0 < line["sorted_l1"] < 2 for line in logs)
+
+
+def test_it_writes_no_rollouts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^rollouts: a teacher with another tokenizer can neither write nor correct them"):
+        execute(load_run("uld", overrides=changes(tmp_path, "rollouts.teacher=0.5")))
+
+
 def test_what_compares_id_by_id_refuses_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has another tokenizer than .*; kd compares probabilities id by id; uld accepts"):
         execute(load_run("kd", overrides=changes(tmp_path)))
