@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from . import console, memory, references, teachers
+from . import console, memory, references, teacher_fill, teachers
 from .checkpoints import checkpoint_to_resume
 from .data import Loaded
 from .models import add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
@@ -24,6 +24,7 @@ def check(run: Run) -> None:
     """
     quiet_libraries()
     require_extras(run)
+    teacher_fill.refuse(run)
     run, args = settle(run)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)

@@ -181,7 +181,10 @@ def check(words: tuple[str, ...]) -> None:
 @main.command(cls=RunCommand, context_settings=_TAKES_A_RUN)
 @_run_arguments
 def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> None:
-    """Compute the reference's log-probs of a run and keep them; runs with reference.kind=cached read them."""
+    """Compute the reference's log-probs of a run and keep them; runs with reference.kind=cached read them.
+
+    For a distillation, ask its teacher for the likeliest items; runs with teacher.kind=cached or served read them.
+    """
     run = _load("logps", words, launch, processes)
     from .run import leave, precompute
 

@@ -196,11 +196,28 @@ def _refuse_teacher(run: Run) -> None:
         raise UserError("teacher: model is the student itself where kind = adapter; leave one of the two out")
     if teacher.kind == "adapter" and run.model.peft is None:
         raise UserError("teacher: kind = adapter needs an adapter to switch off: give model.peft, or a teacher.model")
-    if teacher.kind != "adapter" and not teacher.model:
+    own = teacher.kind in ("adapter", "served") or (teacher.kind == "cached" and run.model.peft is not None)
+    if not own and not teacher.model:
         raise UserError(
             f"teacher: model is required by {method.name}: a hub id or folder (--teacher X); "
             "or kind = adapter, the student with its adapter off"
         )
+    _refuse_kept_teacher(teacher)
+
+
+def _refuse_kept_teacher(teacher: TeacherConfig) -> None:
+    """Settings of cached and served teachers that are missing or would be ignored."""
+    if teacher.kind == "served" and teacher.url is None:
+        raise UserError("teacher: kind = served needs teacher.url, the address of a vLLM server, such as http://localhost:8000")
+    if teacher.kind in ("cached", "served") and len(teacher.model) > 1:
+        raise UserError(f"teacher: kind = {teacher.kind} takes one teacher, and model names {len(teacher.model)}")
+    belongs = dict.fromkeys(("url", "timeout", "retries"), ("served",)) | {"cache": ("cached", "served")}
+    belongs |= dict.fromkeys(("dtype", "attention", "trust_remote_code"), ("auto", "model", "cached"))
+    plain = TeacherConfig()
+    for name, kinds in belongs.items():
+        if vars(teacher)[name] != vars(plain)[name] and teacher.kind not in kinds:
+            meant = " and ".join(kinds[-2:])
+            raise UserError(f"teacher.{name} is for kind = {meant} and would be ignored by {teacher.kind}; leave it out")
 
 
 def _refuse_rollouts(run: Run) -> None:

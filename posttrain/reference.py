@@ -182,8 +182,8 @@ class CachedLogps:
                 self._entries[key] = logps
             self._seen.add(path)
 
-    def lookup(self, prompt: Sequence[int], completion: Sequence[int]) -> np.ndarray:
-        """[T] float32 log-probs of a completion given its prompt.
+    def lookup(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, np.ndarray]:
+        """`reference_logps`, [T] float32, of a completion given its prompt.
 
         Raises:
             UserError: it was never computed (the data changed since).
@@ -191,7 +191,7 @@ class CachedLogps:
         key = sequence_key(prompt, completion)
         if key not in self._entries:
             raise UserError(f"reference: {self.folder} lacks a completion of {len(completion)} tokens; run `posttrain logps`")
-        return self._entries[key]
+        return {"reference_logps": self._entries[key]}
 
     def missing(self, rows: Iterable[dict[str, Any]], roles: Sequence[str]) -> list[dict[str, Any]]:
         """The rows with at least one completion that is not in the cache."""

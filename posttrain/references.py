@@ -100,7 +100,7 @@ def cached(run: Run, args: TrainingArguments, model: nn.Module, loaded: data.Loa
     name = run.reference.model or run.model.name
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     numbers = fingerprint(name, model, f"{dtypes(list(model.parameters()))} in {compute}")
-    cache = CachedLogps(_cache_folder(run), numbers, name)
+    cache = CachedLogps(cache_folder(run.reference.cache), numbers, name)
     roles = [*roles_of(run.objective.family), *early_roles(run.objective)]
     rows = [row for part in (loaded.train, loaded.eval) if part is not None for row in cache.missing(part, roles)]
     if rows:
@@ -143,5 +143,6 @@ def _compute(
         console.track(done, len(rows), "reference log-probs")
 
 
-def _cache_folder(run: Run) -> Path:
-    return Path(run.reference.cache or os.environ.get("POSTTRAIN_CACHE") or "~/.cache/posttrain").expanduser()
+def cache_folder(asked: str | None) -> Path:
+    """Where log-probs are kept: as asked for in a section's `cache`, else as the environment says."""
+    return Path(asked or os.environ.get("POSTTRAIN_CACHE") or "~/.cache/posttrain").expanduser()

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from . import card, console, data, memory, references, teachers
+from . import card, console, data, memory, references, teacher_fill, teachers
 from .arguments import WHERE_AVAILABLE
 from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, refuse_other_processes
 from .engines.build import build as build_engine
@@ -89,6 +89,7 @@ def prepare(run: Run) -> Prepared:
     """
     require_extras(run)
     references.kind_of(run)
+    teacher_fill.refuse(run)
     run, args = settle(run)
     lock = occupy(Path(args.output_dir)) if args.process_index == 0 else None
     checkpoint = checkpoint_to_resume(run)
@@ -100,7 +101,10 @@ def prepare(run: Run) -> Prepared:
     other = teachers.other_tokenizer(run, tokenizer)
     common = tokens_in_common(run, tokenizer, loaded) if other is None else None
     model = load_policy(run.model)
-    reference = references.build(run, args, model, loaded) or teachers.build(run, common)
+    if run.objective.reads_teacher and run.teacher.kind in teacher_fill.KINDS:
+        reference = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
+    else:
+        reference = references.build(run, args, model, loaded) or teachers.build(run, common)
     trainer = _trainer(
         run,
         tokenizer,
@@ -110,7 +114,7 @@ def prepare(run: Run) -> Prepared:
         args=args,
         reference=reference,
         layout=run.layout,
-        starts_at_reference=run.reference.model is None and not run.teacher.model,
+        starts_at_reference=run.reference.model is None and not run.teacher.model and run.teacher.kind != "served",
         retell=None if other is None else partial(Retold, tokenizer, other, teachers.positions(run)),
         train_dataset=loaded.train,
         eval_dataset=loaded.eval,
@@ -185,24 +189,37 @@ def _final_evaluation(prepared: Prepared) -> dict[str, float]:
 
 
 def precompute(run: Run) -> int:
-    """Compute and keep the reference's log-probs of every row of a run; returns how many completions are kept.
+    """Compute and keep the reference's log-probs of every row of a run, or what its teacher says of them; returns how many
+    completions are kept.
 
     Raises:
         UserError: as `prepare`, or an objective without reference.
     """
-    if run.objective.reads_teacher or not run.objective.reads_reference(run.config):
+    if not run.objective.reads_reference(run.config):
         raise UserError(f"logps: {run.objective.name} reads no reference")
     quiet_libraries()
-    run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))
+    if not run.objective.reads_teacher:
+        run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))
+    elif run.teacher.kind not in teacher_fill.KINDS:
+        run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, kind="cached"))
     require_extras(run)
     references.kind_of(run)
+    teacher_fill.refuse(run)
     run, args = settle(run)
     tokenizer = load_tokenizer(run.model)
     loaded = load_data(run, args, tokenizer)
     references.refuse_other_tokenizer(run, tokenizer)
-    cache = references.cached(run, args, load_policy(run.model), loaded)
+    common = tokens_in_common(run, tokenizer, loaded)
+    model = load_policy(run.model)
+    if run.objective.reads_teacher:
+        cache = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
+        cache.verify()
+        told = {"teacher": cache.description, "left to other items": f"{cache.tail():.2%} of the probability, on average"}
+    else:
+        cache = references.cached(run, args, model, loaded)
+        told = {"reference": cache.description}
     if args.process_index == 0:
-        console.show({"reference": cache.description, "completions": str(len(cache))}, title="log-probs")
+        console.show({**told, "completions": str(len(cache))}, title="log-probs")
     return len(cache)
 
 

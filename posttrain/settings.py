@@ -97,8 +97,10 @@ class TeacherConfig:
     """Hub id or folder of the teacher, {name, weight, revision}, or a list of these: the loss is then the weighted mean of the
     losses beside each. It reads the student's token ids, so its tokenizer has to be the same; spare rows of either are cut."""
 
-    kind: Literal["auto", "model", "adapter"] = "auto"
-    """model: a model of its own, frozen; adapter: the student with its adapter off (self-distillation). auto: model."""
+    kind: Literal["auto", "model", "adapter", "cached", "served"] = "auto"
+    """model: a model of its own, frozen; adapter: the student with its adapter off (self-distillation). For methods that read a
+    teacher's likeliest items only (kd with top), which are then kept on disk: cached: of a model (or, without one, of the
+    student with its adapter off), computed before training; served: of a vLLM server, asked before training. auto: model."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of its parameters. auto: bfloat16 where the device computes in it, float32 elsewhere."""
@@ -108,6 +110,19 @@ class TeacherConfig:
 
     trust_remote_code: bool = False
     """Run code that comes with it."""
+
+    cache: str | None = None
+    """cached, served: folder that keeps what the teacher says; None is $POSTTRAIN_CACHE or ~/.cache/posttrain."""
+
+    url: str | None = None
+    """served: address of a vLLM server, such as http://localhost:8000, whose model, where `model` names none, is the first it
+    lists. A key is read from $POSTTRAIN_TEACHER_API_KEY."""
+
+    timeout: Positive | None = None
+    """served: seconds to wait for an answer; 600 when absent."""
+
+    retries: NonNegativeInt | None = None
+    """served: attempts after a failed one, with growing pauses; 8 when absent, which is a minute and a half."""
 
 
 @dataclass(frozen=True, kw_only=True)

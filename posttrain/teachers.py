@@ -22,15 +22,19 @@ from .stats import Loss
 
 def describe(run: Run) -> str:
     """Who teaches a run, in words."""
-    if run.teacher.kind == "adapter":
+    if run.teacher.kind == "served":
+        return f"{run.teacher.model[0].name if run.teacher.model else 'the model'} served at {run.teacher.url}"
+    if not run.teacher.model:
         return AdapterOff.description
+    if run.teacher.kind == "cached":
+        return f"cached: {run.teacher.model[0].name}"
     shares = zip(run.teacher.model, weights(run), strict=True)
     return ", ".join(one.name if len(run.teacher.model) == 1 else f"{one.name} ({share:.0%})" for one, share in shares)
 
 
 def weights(run: Run) -> list[float]:
     """The share of each teacher in the loss; they sum to 1."""
-    if run.teacher.kind == "adapter":
+    if not run.teacher.model:
         return [1.0]
     total = sum(one.weight for one in run.teacher.model)
     return [one.weight / total for one in run.teacher.model]
@@ -39,11 +43,14 @@ def weights(run: Run) -> list[float]:
 def common_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens, from id 0 on, that student and teachers have in common and read alike.
 
-    Output rows beyond the last token of a tokenizer are padding and do not count.
+    Output rows beyond the last token of a tokenizer are padding and do not count. Of a served teacher, which is asked of its
+    tokens when it is asked of the data, the student's rows.
 
     Raises:
         UserError: an id stands for different tokens.
     """
+    if run.teacher.kind == "served":
+        return _rows(run.model)
     ours = _by_id(tokenizer)
     sizes = [len(ours)]
     for one in run.teacher.model:
@@ -86,6 +93,8 @@ def vocabulary(run: Run, tokenizer: PreTrainedTokenizerBase) -> str:
     if other is not None:
         return f"{len(tokenizer):,} tokens of the student, {len(other):,} of the teacher, whose tokenizer is another one"
     size = common_tokens(run, tokenizer)
+    if run.teacher.kind == "served":
+        return f"{size:,} rows of {run.model.name}; the server is asked of its tokens before it is asked of the data"
     rows = {run.model.name: _rows(run.model)} | {one.name: _rows(_settings(run, one)) for one in run.teacher.model}
     told = ", ".join(f"{name} has {count:,} rows" for name, count in rows.items())
     return f"{size:,} tokens in common ({told})"
@@ -112,7 +121,7 @@ def refuse_unread(run: Run, size: int, rows: Any) -> None:
 
 
 def build(run: Run, size: int | None) -> Teachers | Foreign | None:
-    """The teachers of a run; None where it has none.
+    """The models that teach a run; None where it has no teacher.
 
     Args:
         size: tokens that they have in common with the student; None where the one teacher has another tokenizer.
@@ -122,7 +131,7 @@ def build(run: Run, size: int | None) -> Teachers | Foreign | None:
     """
     if not run.objective.reads_teacher:
         return None
-    if run.teacher.kind == "adapter":
+    if not run.teacher.model:
         return Teachers([AdapterOff()], [1.0], size)
     members = []
     for one in run.teacher.model:
@@ -139,9 +148,9 @@ def positions(run: Run) -> int | None:
 
 
 def sizes(run: Run) -> int:
-    """Bytes of the teachers' parameters, from their configurations."""
+    """Bytes of the teachers' parameters that are held while training, from their configurations."""
     total = 0
-    for one in run.teacher.model if run.objective.reads_teacher else ():
+    for one in run.teacher.model if run.objective.reads_teacher and run.teacher.kind in ("auto", "model") else ():
         settings = _settings(run, one)
         dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if bf16_available() else "float32"
         with torch.device("meta"):

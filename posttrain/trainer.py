@@ -30,6 +30,7 @@ from .registry import Objective
 from .schema import UserError
 from .selfcheck import SelfCheck
 from .stats import Completions, Inside, Loss, bound, columns_of, roles_of
+from .teacher_cache import CachedTeacher
 from .trees import Collator, TreeCollator, attention_scale
 from .vocabulary import DROPPED
 
@@ -62,7 +63,7 @@ class Trainer(transformers.Trainer):
         config: Any,
         model: nn.Module,
         args: TrainingArguments,
-        reference: FrozenModel | AdapterOff | CachedLogps | Teachers | Foreign | None = None,
+        reference: FrozenModel | AdapterOff | CachedLogps | Teachers | Foreign | CachedTeacher | None = None,
         layout: str = "auto",
         starts_at_reference: bool = True,
         impl: str = "auto",
@@ -104,7 +105,7 @@ class Trainer(transformers.Trainer):
     def collator(self) -> Collator:
         """Rows -> batch. For `layout: auto` the self-check sets its layout before the first batch is made."""
         layout = "tree" if self.layout == "auto" else self.layout
-        lookup = self.reference.lookup if isinstance(self.reference, CachedLogps) else None
+        lookup = self.reference.lookup if isinstance(self.reference, CachedLogps | CachedTeacher) else None
         scale = attention_scale(self.model_config)
         main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale)
         early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None

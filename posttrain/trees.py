@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Layout = Literal["tree", "separate"]
 Row = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
-Lookup = Callable[[Sequence[int], Sequence[int]], Sequence[float]]
+Lookup = Callable[[Sequence[int], Sequence[int]], Mapping[str, np.ndarray]]
 
 _ATTENTION_RATE = 0.6
 """Operations per second of masked attention, relative to those of a matrix product. Fitted to SmolLM2-135M, forward and
@@ -61,7 +61,7 @@ class TreeCollator:
       token. Role after role, within a role completion after completion in the order of the rows.
     - `lengths.<role>` [B]: tokens of each completion.
     - `row.<column>` [rows]: the column, in the dtype of its numbers.
-    - `reference_logps` float32 [N], if `reference` is given.
+    - What `reference` gives, if it is given, [N] or [N, k], in its dtype.
     """
 
     roles: Sequence[str]
@@ -74,7 +74,8 @@ class TreeCollator:
     """`tree` shares a prompt among its completions and packs trees into rows; `separate` gives every completion a row."""
 
     reference: Lookup | None = None
-    """Log-probs of the reference for a prompt and a completion, one per completion token."""
+    """What was kept of the reference for a prompt and a completion, by name, the first dimension being the completion's tokens:
+    `reference_logps`, or what a cached teacher says."""
 
     attention_scale: float = 2048.0
     """Row length at which attention takes as long as the rest of the model; the function of this name estimates it."""
@@ -98,8 +99,10 @@ class TreeCollator:
         if self.reference is not None:
             asked = [(rows[owner]["prompt"], ids.tolist()) for owner, ids in zip(owners, completions, strict=True)]
             found = [self.reference(prompt, ids) for prompt, ids in asked]
-            assert [len(logps) for logps in found] == [len(ids) for ids in completions], "reference log-probs of another length"
-            batch["reference_logps"] = torch.from_numpy(np.concatenate(found).astype(np.float32))  # [N]
+            for name in found[0]:
+                values = [one[name] for one in found]
+                assert [len(one) for one in values] == [len(ids) for ids in completions], f"{name} of another length"
+                batch[name] = torch.from_numpy(np.concatenate(values))  # [N] or [N, k]
         return batch
 
     def _units(self, prompts: list[np.ndarray], owners: list[int], completions: list[np.ndarray]) -> list[_Unit]:

@@ -88,6 +88,14 @@ def _beyond(head: Head, first: int, impl: str) -> Tensor:
     return kernels.head_stats(part, ["lse"], impl=impl)["lse"]
 
 
+@torch.no_grad()
+def likeliest(head: Head, targets: Tensor, top: Top) -> dict[str, Tensor]:
+    """What is kept of a teacher by its head: `ids` and `logps` [N, k] as `statistics` gives them for `top`, and `own` [N], the
+    log-probs of the tokens."""
+    ids, logps = kernels.top_k(_cooled(head, top.temperature), min(top.k, head.size))
+    return {"ids": ids, "logps": logps, "own": kernels.head_stats(head, ["logp"], target=targets)["logp"]}
+
+
 def mean_logits(head: Head) -> Tensor:
     """[N] the mean over the vocabulary of a head's logits before scale and soft-cap, by the mean of the rows of its weight."""
     dtype = torch.promote_types(head.weight.dtype, torch.float32)

@@ -23,10 +23,11 @@ LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs", "methods"},
     {"run", "check", "sample"},
-    {"card", "checkpoints", "records", "console", "memory", "references", "teachers"},
+    {"card", "checkpoints", "records", "console", "memory", "references", "teachers", "teacher_fill"},
     {"online"},
     {"trainer"},
     {"selfcheck"},
+    {"teacher_cache", "teacher_server"},
     {"reference", "engines", "rewards", "learned", "foreign"},
     {"models", "data"},
     {"rows", "encoding", "layouts", "conversations", "sources", "tally"},
@@ -37,7 +38,7 @@ LAYERS = [
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
-KERNEL_USERS = {"vocabulary", "costs", "foreign", "reference", "models", "quickstart"}
+KERNEL_USERS = {"vocabulary", "costs", "foreign", "reference", "teacher_fill", "models", "quickstart"}
 """The modules that may import posttrain_kernels."""
 
 HEAVY = {

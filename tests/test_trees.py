@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -266,13 +267,15 @@ def test_separate_batch_of_a_small_example() -> None:
 
 @pytest.mark.parametrize("layout", ["tree", "separate"])
 def test_reference_follows_the_order_of_the_targets(layout: Layout) -> None:
-    def lookup(prompt: list[int], completion: list[int]) -> list[float]:
-        return [-(prompt[0] + token / 1000) for token in completion]
+    def lookup(prompt: list[int], completion: list[int]) -> dict[str, np.ndarray]:
+        logps = np.array([-(prompt[0] + token / 1000) for token in completion], dtype=np.float32)
+        return {"reference_logps": logps, "top_ids": np.array([[token, prompt[0]] for token in completion])}
 
     batch = TreeCollator(ROLES, layout=layout, reference=lookup)(ROWS)
     owners = [one["prompt"][0] for role in ROLES for one in ROWS for completion in one[role] for _ in completion]
     assert batch["reference_logps"].dtype == torch.float32
     assert torch.equal(batch["reference_logps"], -(torch.tensor(owners) + batch["targets"] / 1000))
+    assert torch.equal(batch["top_ids"], torch.stack([batch["targets"], torch.tensor(owners)], 1))
 
 
 def test_empty_prompt_or_completion_is_our_mistake() -> None:
@@ -280,7 +283,8 @@ def test_empty_prompt_or_completion_is_our_mistake() -> None:
         with pytest.raises(AssertionError, match="empty"):
             TreeCollator(("chosen",))([wrong])
     with pytest.raises(AssertionError, match="another length"):
-        TreeCollator(("chosen",), reference=lambda prompt, ids: [0.0])([{"prompt": [4], "chosen": [[5, 6]]}])
+        short = TreeCollator(("chosen",), reference=lambda prompt, ids: {"top_ids": np.zeros((1, 2))})
+        short([{"prompt": [4], "chosen": [[5, 6]]}])
 
 
 # Packing

@@ -19,7 +19,16 @@ _HANGS = 1
 
 
 class EngineError(UserError):
-    """The engine is gone, hangs, or refuses: what it was asked for is lost, what was sampled before is not."""
+    """The engine is gone, hangs, or refuses: what it was asked for is lost, what was sampled before is not.
+
+    Args:
+        message: one line.
+        status: of the HTTP answer, where there was one.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Client:
@@ -31,24 +40,36 @@ class Client:
         retries: attempts after the first, with pauses of 0, 1, 2, 4, ... seconds, 30 at most, between them: 8 wait for some
             90 seconds, in which a server can be started again.
         connections: requests at a time.
+        who: begins every error; its first word is the section of the recipe that has the URL.
+        secret: key that the server asks for; it stands in no error.
     """
 
-    def __init__(self, url: str, *, timeout: float, retries: int, connections: int) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float,
+        retries: int,
+        connections: int,
+        who: str = "engine vllm",
+        secret: str | None = None,
+    ) -> None:
+        self.url, self._who, self._secret = url.rstrip("/").removesuffix("/v1"), who, secret
         if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"engine.url = {url!r}: expected http://host:port")
+            raise UserError(f"{who.split()[0]}.url = {url!r}: expected http://host:port")
         retry = Retry(
             total=retries,
             read=min(_HANGS, retries),
             backoff_factor=0.5,
             backoff_max=_LONGEST_PAUSE,
-            status_forcelist=(500, 502, 503, 504),
+            status_forcelist=(429, 500, 502, 503, 504),
             allowed_methods=None,  # every method: asking again for the same completions does no harm
             raise_on_status=False,
         )
         self.retries, self.timeout = retries, timeout
         timeouts = Timeout(connect=_CONNECT_SECONDS, read=timeout)
-        self._pool = urllib3.PoolManager(maxsize=connections, block=True, timeout=timeouts, retries=retry)
+        headers = {"Authorization": f"Bearer {secret}"} if secret else None
+        self._pool = urllib3.PoolManager(maxsize=connections, block=True, timeout=timeouts, retries=retry, headers=headers)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, *, hint: str = "") -> Any:
         """The JSON that a path answers with; None for an empty answer.
@@ -62,7 +83,7 @@ class Client:
         Raises:
             EngineError: no answer, an answer that says no, or one that is not JSON.
         """
-        began, asked = time.monotonic(), f"engine vllm: {method} {self.url}{path}"
+        began, asked = time.monotonic(), f"{self._who}: {method} {self.url}{path}"
         after = f"; {hint}" if hint else ""
         try:
             answer = self._pool.request(method, f"{self.url}{path}", json=body)
@@ -72,11 +93,15 @@ class Client:
         except HTTPError as error:
             raise EngineError(f"{asked}: {error}{after}") from None
         if answer.status != 200:
-            raise EngineError(f"{asked}: status {answer.status}: {_message(answer.data)}{after}")
+            raise EngineError(f"{asked}: status {answer.status}: {self._hidden(_message(answer.data))}{after}", answer.status)
         try:
             return answer.json() if answer.data else None
         except ValueError:
             raise EngineError(f"{asked}: answers with something that is not JSON{after}") from None
+
+    def _hidden(self, text: str) -> str:
+        """A server's words without the key, which some repeat where they refuse it."""
+        return text.replace(self._secret, "...") if self._secret else text
 
     def close(self) -> None:
         """Close the connections."""

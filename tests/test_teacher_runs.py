@@ -1,0 +1,220 @@
+"""Runs with teachers that are asked once: they learn what they would learn beside the teacher itself, and say what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from test_teacher_server import Served
+from tiny import tiny_tokenizer
+from tiny_models import tiny
+
+from posttrain.cli import main
+from posttrain.recipe import load_run
+from posttrain.records import read_metrics
+from posttrain.run import Prepared, execute, prepare
+from posttrain.schema import UserError
+from posttrain.teacher_cache import CachedTeacher
+
+
+def saved(folder: Path, rows: int = 0, **settings: Any) -> Path:
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer) + rows, **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, a teacher of another width and with spare rows, and 12 rows of data."""
+    folder = tmp_path_factory.mktemp("pair")
+    saved(folder / "student", rows=3)
+    saved(folder / "teacher", rows=5, hidden_size=48, num_hidden_layers=3, seed=1)
+    lines = [{"prompt": f"ab {i}?", "completion": f"yes {i}" + " no" * (i % 3)} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Served]:
+    served = Served(tiny("llama", vocab_size=len(tiny_tokenizer()), hidden_size=48, num_hidden_layers=3, seed=1))
+    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def settings(folder: Path, out: Path, *changes: str) -> list[str]:
+    return [
+        f"model={folder / 'student'}",
+        f"data={folder / 'rows.jsonl'}",
+        "data.max_length=60",
+        "top=8",
+        f"teacher.cache={out / 'cache'}",
+        f"train.output_dir={out / 'out'}",
+        "train.max_steps=3",
+        "train.per_device_train_batch_size=4",
+        "train.logging_steps=1",
+        "train.learning_rate=3e-3",
+        "train.warmup_steps=0",
+        "train.save_strategy=no",
+        "data.eval_size=4",
+        *changes,
+    ]
+
+
+def run(folder: Path, out: Path, *changes: str, go: Any = execute) -> Prepared:
+    return go(load_run("kd", None, settings(folder, out, *changes)))
+
+
+def live(folder: Path, out: Path, *changes: str, go: Any = execute) -> Prepared:
+    """A run beside the teacher itself."""
+    given = [one for one in settings(folder, out, *changes) if not one.startswith("teacher.cache")]
+    return go(load_run("kd", None, given))
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def losses(prepared: Prepared) -> list[float]:
+    lines = read_metrics(Path(prepared.args.output_dir))
+    return [line[name] for line in lines for name in ("loss", "eval_loss", "nll/teacher") if name in line]
+
+
+def gradients(prepared: Prepared, reverse: bool = False, layout: str = "tree") -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of six rows."""
+    trainer, rows = prepared.trainer, list(prepared.data.train)[:6]
+    trainer.data_collator.layout = layout
+    batch = trainer.data_collator(rows[::-1] if reverse else rows)
+    batch |= trainer.scalars([batch])
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def close(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> bool:
+    (value, mine), (expected, theirs) = one, other
+    assert mine.keys() == theirs.keys() and mine
+    largest = max(grad.abs().max() for grad in theirs.values())
+    apart = max((mine[name] - theirs[name]).abs().max() for name in mine)
+    return abs(value - expected) < 1e-6 and bool(apart < 1e-5 * largest)
+
+
+@pytest.mark.parametrize(
+    "changes", [[], ["divergence=reverse_kl", "temperature=2", "ce_weight=0.5"], ["tail=teacher_renormalised"]]
+)
+def test_cached_equals_live_in_loss_and_gradient(folder: Path, tmp_path: Path, changes: list[str]) -> None:
+    """In any order of rows and either layout; the teacher's and the student's spare rows are cut alike."""
+    changes = [f"teacher={folder / 'teacher'}", *changes]
+    beside = gradients(live(folder, tmp_path, *changes, go=prepare))
+    cached = run(folder, tmp_path, *changes, "teacher.kind=cached", go=prepare)
+    assert isinstance(cached.trainer.reference, CachedTeacher) and len(cached.trainer.reference) == 12
+    assert close(gradients(cached), beside)
+    assert close(gradients(cached, reverse=True), beside)
+    assert close(gradients(cached, layout="separate"), beside)
+
+
+def test_runs_beside_disk_server_and_teacher_are_the_same(folder: Path, tmp_path: Path, server: Served) -> None:
+    teacher = f"teacher={folder / 'teacher'}"
+    expected = losses(live(folder, tmp_path / "live", teacher))
+    cached = run(folder, tmp_path / "cached", teacher, "teacher.kind=cached")
+    assert len(expected) == 9 and losses(cached) == pytest.approx(expected, abs=1e-5)
+    served = run(folder, tmp_path / "served", "teacher.kind=served", f"teacher.url={server.url}/v1")
+    assert losses(served) == pytest.approx(expected, abs=1e-5)
+    assert "cached 8 likeliest items of big" in served.trainer.reference.description
+    asked = server.completions()
+    server.shutdown()
+    server.server_close()
+    again = run(folder, tmp_path / "served", "teacher=big", "teacher.kind=served", f"teacher.url={server.url}")
+    assert losses(again)[:3] == losses(served)[:3] and asked == server.completions() == 12
+
+
+def test_the_student_with_its_adapter_off(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, tmp_path, "teacher.kind=cached", "model.peft={r: 4}", "train.max_steps=1")
+    assert losses(done)[0] == pytest.approx(0.0, abs=1e-6)
+    assert (
+        isinstance(done.trainer.reference, CachedTeacher)
+        and "policy with its adapter off" in done.trainer.reference.description
+    )
+
+
+def test_logps_asks_once(folder: Path, tmp_path: Path) -> None:
+    given = settings(folder, tmp_path, f"teacher={folder / 'teacher'}", "objective=kd")
+    result = invoke(
+        "logps",
+        *given[:3],
+        *(one for one in given[3:] if not one.startswith("teacher.cache")),
+        "teacher.kind=cached",
+        f"teacher.cache={tmp_path / 'cache'}",
+    )
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    assert "cached 8 likeliest items of" in shown and "of the probability, on average" in shown and "completions 12" in shown
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    run(folder, tmp_path, f"teacher={folder / 'teacher'}", "teacher.kind=cached", "train.learning_rate=1e-4", go=prepare)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} and before
+
+
+def test_damage_and_absence_are_named(folder: Path, tmp_path: Path) -> None:
+    changes = (f"teacher={folder / 'teacher'}", "teacher.kind=cached")
+    prepared = run(folder, tmp_path, *changes, go=prepare)
+    with pytest.raises(UserError, match="lacks a completion of 2 tokens; run `posttrain logps` with this recipe, which adds"):
+        prepared.trainer.data_collator([{"prompt": [5], "completion": [[6, 7]]}])
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    result = invoke("logps", "objective=kd", *settings(folder, tmp_path, *changes))
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert f"{path} is damaged" in result.stderr and "delete it, and `posttrain logps` asks for its part again" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["teacher.kind=cached", "teacher=x", "top=null"],
+            "teacher: kind = cached keeps a teacher's likeliest items, kd reads its "
+            "whole distribution; give top, the number of items (--top 64)",
+        ),
+        (
+            ["teacher.kind=served", "teacher.url=http://h", "temperature=2"],
+            "teacher: kind = served gives log-probs at temperature 1, kd reads them at 2; use temperature 1, or kind = cached",
+        ),
+        (["teacher.kind=served", "teacher=x"], "teacher: kind = served needs teacher.url"),
+        (["teacher.kind=cached"], "teacher: model is required by kd"),
+        (["teacher.kind=cached", "teacher=[x, y]"], "teacher: kind = cached takes one teacher, and model names 2"),
+        (
+            ["teacher.kind=cached", "teacher=x", "teacher.url=http://h"],
+            "teacher.url is for kind = served and would be ignored by cached",
+        ),
+        (
+            ["teacher.kind=served", "teacher.url=http://h", "teacher.dtype=bfloat16"],
+            "teacher.dtype is for kind = model and cached",
+        ),
+        (["teacher=x"], "teacher.cache is for kind = cached and served and would be ignored by auto"),
+        (
+            ["teacher.kind=cached", "teacher=x", "data.streaming=true"],
+            "teacher: kind = cached needs rows that can be read twice",
+        ),
+    ],
+)
+def test_refused(folder: Path, tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        run(folder, tmp_path, *changes, go=prepare)
+    assert str(error.value).startswith(message)
+
+
+def test_sharded_training_needs_a_full_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = dataclasses.make_dataclass("State", ["distributed_type"])("FSDP")
+    state.wait_for_everyone = lambda: None
+    monkeypatch.setattr("posttrain.teacher_fill.PartialState", lambda: state)
+    with pytest.raises(UserError, match=r"^teacher: rows are missing in \S+; run `posttrain logps` before sharded training"):
+        run(folder, tmp_path, f"teacher={folder / 'teacher'}", "teacher.kind=cached", go=prepare)
