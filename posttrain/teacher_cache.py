@@ -144,8 +144,8 @@ class CachedTeacher:
         place = self._places.get(sequence_key(prompt, completion))
         if place is None:
             raise UserError(
-                f"teacher: {self.folder} lacks a completion of {len(completion)} tokens; run `posttrain logps` with this recipe, "
-                "which adds what is missing"
+                f"teacher: {self.folder} lacks a completion of {len(completion)} tokens; `posttrain logps` with this recipe "
+                "adds what is missing"
             )
         found = self._read(*place)
         return {
@@ -234,9 +234,7 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(
-        f"teacher: {path} is damaged ({why}); delete it, and `posttrain logps` asks the teacher for its part again"
-    )
+    return UserError(f"teacher: {path} is damaged ({why}); delete it, and `posttrain logps` asks for its part again")
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:

@@ -91,7 +91,7 @@ def kept(
         body = taught.models[0] if taught.models else model
         numbers = f"{dtypes(list(body.parameters()))} in {_compute(args)}, {size} tokens, temperature {top.temperature:g}"
         name = run.teacher.model[0].name if run.teacher.model else run.model.name
-        cache = _cache(run, fingerprint(name, body, numbers), k, size, teachers.describe(run))
+        cache = _cache(run, fingerprint(name, body, numbers), k, size, name if taught.models else taught.description)
     rows = [row for part in (loaded.train, loaded.eval) if part is not None for row in cache.missing(part, roles)]
     if not rows:
         return cache

@@ -104,9 +104,7 @@ class ServedTeacher:
             except EngineError as error:
                 if error.status not in (404, 405, 501):
                     raise
-                log.warning(
-                    "teacher: %s has no /tokenize: whether its tokens are the student's is not checked", self._client.url
-                )
+                log.warning("teacher: %s has no /tokenize; its tokens are not compared with the student's", self._client.url)
                 return
             ours = tokenizer.encode(text, add_special_tokens=False)
             if theirs != ours:

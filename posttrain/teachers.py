@@ -43,13 +43,13 @@ def weights(run: Run) -> list[float]:
 def common_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens, from id 0 on, that student and teachers have in common and read alike.
 
-    Output rows beyond the last token of a tokenizer are padding and do not count. Of a served teacher, which is asked of its
-    tokens when it is asked of the data, the student's rows.
+    Output rows beyond the last token of a tokenizer are padding and do not count, except where the student teaches itself. A
+    served teacher is asked of its tokens when it is asked of the data; until then they are the student's, rows and all.
 
     Raises:
         UserError: an id stands for different tokens.
     """
-    if run.teacher.kind == "served":
+    if run.teacher.kind == "served" or not run.teacher.model:
         return _rows(run.model)
     ours = _by_id(tokenizer)
     sizes = [len(ours)]

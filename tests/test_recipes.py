@@ -87,6 +87,7 @@ def test_a_recipe_trains(path: Path, model: Path, teacher: Path, tmp_path: Path)
     ]
     if written.teacher.model:
         changes += [f"teacher.model={teacher}"]
+        changes += [f"teacher.cache={tmp_path / 'cache'}"] if written.teacher.kind == "cached" else []
     elif written.objective.reads_reference(written.config) and not written.objective.reads_teacher:
         changes += [f"reference.cache={tmp_path / 'cache'}"]
     if written.data.eval is not None:

@@ -197,7 +197,7 @@ def test_a_completion_that_is_not_there_names_the_command(tmp_path: Path) -> Non
     with pytest.raises(UserError) as error:
         made.lookup([7, 0], [9, 9])
     assert str(error.value) == (
-        f"teacher: {tmp_path} lacks a completion of 2 tokens; run `posttrain logps` with this recipe, which adds what is missing"
+        f"teacher: {tmp_path} lacks a completion of 2 tokens; `posttrain logps` with this recipe adds what is missing"
     )
 
 

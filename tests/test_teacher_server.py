@@ -1,4 +1,4 @@
-"""A served teacher, against a server of this process whose answers have the form of vLLM 0.32's source, and which can be broken.
+"""A served teacher, against a server of this process that answers in the form of vLLM 0.32 and can be broken.
 
 vLLM itself is not started here (tests/test_vllm.py does that where it is installed). What is taken from its source: the first
 position is null; at each other one the prompt's own token comes first, then the k likeliest by rank, by id as text, once each;
@@ -35,7 +35,7 @@ K = 4
 
 
 class Served(ThreadingHTTPServer):
-    """A tiny model behind the protocol."""
+    """A tiny model behind the protocol, cut to the tokens of its tokenizer."""
 
     daemon_threads = True
 
@@ -59,7 +59,7 @@ class Served(ThreadingHTTPServer):
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, k = body["prompt"], body["prompt_logprobs"]
         with torch.no_grad():
-            logps = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            logps = self.model(input_ids=torch.tensor([ids])).logits[0, :, :SIZE].log_softmax(-1)
         told: list[Any] = [None]
         for at, token in enumerate(ids[1:]):
             best = logps[at].topk(k).indices.tolist()
@@ -253,7 +253,7 @@ def test_one_error_says_what_to_do(server: Served, trouble: list[Any], message: 
         (lambda told: [one and {id: {"logprob": None} for id in one} for one in told], "TypeError"),
         (lambda told: [one and {id: {"logprob": float("nan")} for id in one} for one in told], "sum to nan"),
         (lambda told: [one and {str(int(id) + 1000): v for id, v in one.items()} for one in told], f"of a student with {SIZE}"),
-        (lambda told: [one and dict(list(one.items())[1:] + [("7", {"logprob": -50.0})]) for one in told], "KeyError"),
+        (lambda told: [one and dict([*list(one.items())[1:], ("7", {"logprob": -50.0})]) for one in told], "KeyError"),
     ],
 )
 def test_what_vllm_would_not_say_is_refused(server: Served, change: Any, message: str) -> None:
@@ -299,19 +299,20 @@ def test_the_key_is_sent_and_never_shown(server: Served, monkeypatch: pytest.Mon
     teacher(server).check(rows(), ROLES, TOKENIZER)
 
 
-def test_a_server_that_dies_costs_nothing_that_it_said(server: Served, tmp_path: Path) -> None:
-    """It answers 140 of 200 rows: those of the windows before it died are on disk, and the next run asks for the others."""
-    many = [{"prompt": [5, i % 100], "completion": [[6, 7 + i // 100]]} for i in range(200)]
+def test_a_server_that_dies_costs_one_window(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers 20 of 30 rows: those of the windows before it died are on disk, and the next run asks for the others."""
+    monkeypatch.setattr("posttrain.teacher_server._WINDOW", 16)
+    many = [{"prompt": [5, i], "completion": [[6, 7]]} for i in range(30)]
     cache = CachedTeacher(tmp_path, k=K, size=SIZE, name="big")
-    server.dies_after = 140
+    server.dies_after = 20
     with pytest.raises(EngineError, match="no answer after"):
         list(cache.keep(teacher(server).answers(many, ROLES)))
     cache.reload()
-    assert len(cache) == 128
+    assert len(cache) == 16
     server.dies_after, before = None, server.completions()
     list(cache.keep(teacher(server).answers(cache.missing(many, ROLES), ROLES)))
     cache.reload()
-    assert len(cache) == 200 and server.completions() - before == 72
+    assert len(cache) == 30 and server.completions() - before == 14
     whole = CachedTeacher(tmp_path / "whole", k=K, size=SIZE, name="big")
     list(whole.keep(teacher(server).answers(many, ROLES)))
     whole.reload()
