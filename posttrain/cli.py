@@ -186,7 +186,8 @@ def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> 
     For a distillation, ask its teacher for the likeliest items; runs with teacher.kind=cached or served read them.
     """
     run = _load("logps", words, launch, processes)
-    from .run import leave, precompute
+    from .precompute import precompute
+    from .run import leave
 
     precompute(run)
     leave()

@@ -37,7 +37,7 @@ from .settings import RolloutsConfig
 from .stats import columns_of, roles_of
 from .trainer import Trainer
 
-__all__ = ["Prepared", "Run", "Stopped", "execute", "leave", "load_run", "precompute", "prepare"]
+__all__ = ["Prepared", "Run", "Stopped", "execute", "leave", "load_run", "prepare"]
 
 _EXTRAS = {
     "wandb": "trackers",
@@ -186,41 +186,6 @@ def _final_evaluation(prepared: Prepared) -> dict[str, float]:
         return {}
     done = [logs for logs in trainer.state.log_history if logs["step"] == trainer.state.global_step and "eval_loss" in logs]
     return done[-1] if done else trainer.evaluate()
-
-
-def precompute(run: Run) -> int:
-    """Compute and keep the reference's log-probs of every row of a run, or what its teacher says of them; returns how many
-    completions are kept.
-
-    Raises:
-        UserError: as `prepare`, or an objective without reference.
-    """
-    if not run.objective.reads_reference(run.config):
-        raise UserError(f"logps: {run.objective.name} reads no reference")
-    quiet_libraries()
-    if not run.objective.reads_teacher:
-        run = dataclasses.replace(run, reference=dataclasses.replace(run.reference, kind="cached"))
-    elif run.teacher.kind not in teacher_fill.KINDS:
-        run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, kind="cached"))
-    require_extras(run)
-    references.kind_of(run)
-    teacher_fill.refuse(run)
-    run, args = settle(run)
-    tokenizer = load_tokenizer(run.model)
-    loaded = load_data(run, args, tokenizer)
-    references.refuse_other_tokenizer(run, tokenizer)
-    common = tokens_in_common(run, tokenizer, loaded)
-    model = load_policy(run.model)
-    if run.objective.reads_teacher:
-        cache = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
-        cache.verify()
-        told = {"teacher": cache.description, "left to other items": f"{cache.tail():.2%} of the probability, on average"}
-    else:
-        cache = references.cached(run, args, model, loaded)
-        told = {"reference": cache.description}
-    if args.process_index == 0:
-        console.show({**told, "completions": str(len(cache))}, title="log-probs")
-    return len(cache)
 
 
 def load_data(run: Run, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> data.Loaded:

@@ -19,6 +19,7 @@ from .recipe import Run
 from .reference import Teachers, fingerprint, sequence_key
 from .references import cache_folder
 from .schema import UserError
+from .settings import RolloutsConfig
 from .stats import Top, roles_of
 from .teacher_cache import CachedTeacher, Entry
 from .teacher_server import ServedTeacher
@@ -55,13 +56,18 @@ def refuse(run: Run) -> None:
     """Refuse a run that a teacher asked once cannot serve; nothing is loaded.
 
     Raises:
-        UserError: as `top_of`, or rows that can be read only once.
+        UserError: as `top_of`, or rows that can be read only once or are sampled while training.
     """
     if not run.objective.reads_teacher or run.teacher.kind not in KINDS:
         return
     top_of(run)
     if run.data.streaming:
         raise UserError(f"teacher: kind = {run.teacher.kind} needs rows that can be read twice; data.streaming cannot")
+    if run.rollouts != RolloutsConfig():
+        raise UserError(
+            f"teacher: kind = {run.teacher.kind} is asked of the data before training, and rollouts come while training; "
+            "possible: model, adapter"
+        )
 
 
 def kept(

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "posttrain"
 LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs", "methods"},
-    {"run", "check", "sample"},
+    {"run", "check", "sample", "precompute"},
     {"card", "checkpoints", "records", "console", "memory", "references", "teachers", "teacher_fill"},
     {"online"},
     {"trainer"},

@@ -135,7 +135,8 @@ def test_runs_beside_disk_server_and_teacher_are_the_same(folder: Path, tmp_path
     asked = server.completions()
     server.shutdown()
     server.server_close()
-    again = run(folder, tmp_path / "served", "teacher=big", "teacher.kind=served", f"teacher.url={server.url}")
+    gone = ["teacher=big", "teacher.kind=served", f"teacher.url={server.url}", f"train.output_dir={tmp_path / 'again'}"]
+    again = run(folder, tmp_path / "served", *gone)
     assert losses(again)[:3] == losses(served)[:3] and asked == server.completions() == 12
 
 
@@ -195,6 +196,7 @@ def test_damage_and_absence_are_named(folder: Path, tmp_path: Path) -> None:
             "teacher.dtype is for kind = model and cached and would be ignored by served",
         ),
         ("teacher=x", "teacher.cache is for kind = cached and served and would be ignored by auto"),
+        ("teacher.kind=cached teacher=x rollouts.student=0.5", "teacher: kind = cached is asked of the data before training"),
         ("teacher.kind=cached teacher=x data.streaming=true", "teacher: kind = cached needs rows that can be read twice"),
     ],
 )
