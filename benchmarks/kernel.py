@@ -1,11 +1,12 @@
 """Statistics of vocabulary heads and their gradient, side by side: plain torch on all logits, TRL's kernels, and ours.
 
     python -m benchmarks.kernel [--statistics logp] [--tokens 1024] [--hidden 576] [--vocab 49152] [--rounds 3]
-    python -m benchmarks.kernel --statistics forward_kl,reverse_kl,jsd,akl [--teacher-hidden 960] [--vocab 151936]
+    python -m benchmarks.kernel --statistics forward_kl,reverse_kl,jsd,akl,dackl [--teacher-hidden 960] [--vocab 151936]
 
 Statistics: `logp` of target tokens (the upstream gradients are random); of a student and a teacher head `forward_kl`,
-`reverse_kl`, `jsd` (the generalised Jensen-Shannon divergence at 0.5) and `akl`, an adaptive KL that sorts each token's row
-(the upstream gradients are 1, those of a sum over tokens). `ours` takes gradients in the backward, `eager` in the forward.
+`reverse_kl`, `jsd` (the generalised Jensen-Shannon divergence at 0.5), and the losses of the objectives `akl` and `dackl` (with
+a fixed window), which all logits give by sorting each token's row (the upstream gradients are 1, those of a sum over tokens).
+`ours` takes gradients in the backward, `eager` in the forward.
 Cases: `trained` (gradients to the student's hidden states and weight), `frozen` (to its hidden states), `forward` (none).
 Every measurement runs in a process of its own, which makes its inputs, does one call for the peak memory (high water minus
 what was held before the call, the results included) and repeats the call for the time; the peers alternate over the rounds.
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATISTICS = ("logp", "forward_kl", "reverse_kl", "jsd", "akl")
+STATISTICS = ("logp", "forward_kl", "reverse_kl", "jsd", "akl", "dackl")
 CASES = ("trained", "frozen", "forward")
 PEERS = {
     "naive": "all logits",
@@ -53,9 +54,9 @@ def there_is(peer: str, statistic: str, dtype: str, case: str) -> bool:
         case "naive32":
             return dtype != "float32"
         case "trl":
-            return statistic != "akl"
+            return statistic not in ("akl", "dackl")
         case "eager":
-            return statistic != "logp" and case == "trained"
+            return statistic not in ("logp", "dackl") and case == "trained"
         case _:
             return True
 
@@ -82,8 +83,8 @@ def peer_of_logp(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return {"naive": naive, "naive32": naive32, "trl": trl, "ours": ours}[name]
 
 
-def adaptive(lp: Tensor, lq: Tensor, target: Tensor | None) -> Tensor:
-    """[n] forward and reverse KL, weighted by how far the models are apart on the likelier half of the teacher, as in AKL."""
+def adaptive(lp: Tensor, lq: Tensor) -> Tensor:
+    """[n] AKL by its definition: forward and reverse KL, weighted by how far the models are apart on the teacher's head."""
     import torch
 
     q = lq.exp()
@@ -95,16 +96,47 @@ def adaptive(lp: Tensor, lq: Tensor, target: Tensor | None) -> Tensor:
     return share * (q * (lq - lp)).sum(-1) + (1 - share) * (lp.exp() * (lp - lq)).sum(-1)
 
 
+def windowed(lp: Tensor, lq: Tensor) -> Tensor:
+    """[n] DAC-KL with a fixed window, from the log-probs [n, k] of the teacher's likeliest items in both models."""
+    from posttrain.objectives.distillation.dackl import log_gates
+
+    gates = log_gates(lq, lq.new_tensor([[0.05, 0.95]]), 0.05)
+    p, q = (lq + gates).log_softmax(-1), (lp + gates).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def objective_of(name: str, x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor, *, eager: bool) -> Tensor:
+    """[N] the loss of an objective, by the statistics it asks for."""
+    import dataclasses
+
+    import torch
+    from posttrain_kernels import Head
+
+    from posttrain.registry import find
+    from posttrain.stats import Rowwise
+    from posttrain.vocabulary import statistics
+
+    objective = find(name)
+    want = objective.want(objective.config())
+    want = [dataclasses.replace(entry, eager=eager) if isinstance(entry, Rowwise) else entry for entry in want]
+    targets = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    found = statistics(Head(x, weight), want, targets=targets, ref=Head(x_teacher, weight_teacher))
+    return found["akl"] if name == "akl" else windowed(found["top_logps"], found["top_reference_logps"])
+
+
 def peer_of_two(name: str, statistic: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """(x, weight, x of the teacher, weight of the teacher) -> [N] values of a statistic of two heads."""
     from posttrain.divergences import divergence
 
-    declared = None if statistic == "akl" else divergence({"jsd": "jsd:0.5"}.get(statistic, statistic))
+    declared = None if statistic in ("akl", "dackl") else divergence({"jsd": "jsd:0.5"}.get(statistic, statistic))
 
     def naive(x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor) -> Tensor:
         lp = (x @ weight.T).float().log_softmax(-1)
         lq = (x_teacher @ weight_teacher.T).float().log_softmax(-1)
-        return adaptive(lp, lq, None) if declared is None else declared.summand(lp, lq).sum(-1)
+        if statistic == "dackl":
+            likeliest, ids = lq.topk(64)
+            return windowed(lp.gather(1, ids), likeliest)
+        return adaptive(lp, lq) if declared is None else declared.summand(lp, lq).sum(-1)
 
     def naive32(*tensors: Tensor) -> Tensor:
         return naive(*(tensor.float() for tensor in tensors))
@@ -116,12 +148,11 @@ def peer_of_two(name: str, statistic: str) -> Callable[[Tensor, Tensor, Tensor, 
         return ChunkedDivergenceFunction.apply(x, weight, None, x_teacher, weight_teacher, None, beta)[0]
 
     def ours(x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor) -> Tensor:
-        from posttrain_kernels import KLS, Head, Rowwise, Separable, head_stats
+        from posttrain_kernels import KLS, Head, Separable, head_stats
 
         if declared is None:
-            entry = Rowwise(statistic, adaptive)
-        else:
-            entry = KLS.get(statistic) or Separable(statistic, declared.summand, declared.slope)
+            return objective_of(statistic, x, weight, x_teacher, weight_teacher, eager=name == "eager")
+        entry = KLS.get(statistic) or Separable(statistic, declared.summand, declared.slope)
         eager = statistic if name == "eager" else None
         return head_stats(Head(x, weight), [entry], ref=Head(x_teacher, weight_teacher), eager=eager)[statistic]
 
