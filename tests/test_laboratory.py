@@ -17,6 +17,12 @@ def there() -> World:
     return world()
 
 
+@pytest.fixture(scope="module")
+def optima(there: World) -> dict[str, torch.Tensor]:
+    """Name of the case -> [P, n] log-probs of its optimum."""
+    return {case.name: case.optimum(there) for case in CASES}
+
+
 # The world
 
 
@@ -79,24 +85,22 @@ def test_the_optimum_under_a_divergence_is_the_largest_of_regularised_rewards(th
             assert (value((optimum + 0.1 * step).log_softmax(-1)) < value(optimum)).all(), name
 
 
-def test_the_optima_are_far_from_the_reference_and_from_each_other(there: World) -> None:
-    """So that agreement below 1e-6 says something."""
-    optima = {case.name: (case.fixed_point, case.optimum(there)) for case in CASES}
-    for name, (_, optimum) in optima.items():
+def test_optima_are_far_from_the_reference_and_from_each_other(there: World, optima: dict[str, torch.Tensor]) -> None:
+    """So that agreement below 1e-6 says something. Some methods share one; the nearest two others are those of IPO and SPPO."""
+    for name, optimum in optima.items():
         assert claims.divergence(optimum, there.reference_logp) > 0.03, name
-    names = ["dpo, beta 1.0, divergence forward_kl", "hdpo, beta 1.0, alpha 0.8", "ipo, beta 0.25", "kto, beta 1.0"]
-    for name in names:
-        others = [optimum for text, optimum in optima.values() if text != optima[name][0]]
-        assert min(claims.divergence(optima[name][1], other) for other in others) > 1e-3, name
+        apart = [abs(claims.divergence(optimum, other)) for other in optima.values()]
+        assert all(one < 1e-10 or one > 1e-4 for one in apart), name
+        assert sum(one < 1e-10 for one in apart) <= 5, name
 
 
 # What is learned
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_training_ends_at_the_fixed_point(case: Case, there: World) -> None:
-    learned, optimum = case.learn(there), case.optimum(there)
-    assert claims.divergence(learned.logp, optimum) < 1e-6
+def test_training_ends_at_the_fixed_point(case: Case, there: World, optima: dict[str, torch.Tensor]) -> None:
+    learned = case.learn(there)
+    assert claims.divergence(learned.logp, optima[case.name]) < 1e-6
     assert learned.slope < 2e-6
 
 

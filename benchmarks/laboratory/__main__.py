@@ -2,7 +2,7 @@
 
     python -m benchmarks.laboratory [--json laboratory.json]
 
-Prints Markdown, and with `--json` writes the same numbers to a file. About a minute on one core.
+Prints Markdown, and with `--json` writes the same numbers to a file. Less than a minute on one core.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
+    if not isinstance(value, float) or value == 0:
+        return f"{value:.0f}" if isinstance(value, float) else str(value)
     return f"{abs(value):.0e}" if abs(value) < 1e-3 else f"{value:.3f}"
 
 

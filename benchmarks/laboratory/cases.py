@@ -267,17 +267,15 @@ def _unknown(objective: str, reason: str, detached: bool = False, **settings: An
 
 
 UNKNOWN = [
-    _unknown("tdpo", "no gradient through the chosen side's KL", detached=True, beta=1.0, version=2),
-    _unknown("radpo", "no gradient through the chosen side's risk", detached=True, beta=1.0, version=2),
-    _unknown("apo_down", "one term compares, the other does not", beta=1.0),
+    _unknown("tdpo", "no gradient through the KL of the chosen side", detached=True, beta=1.0, version=2),
     _unknown("dpo_shift", "the two sides have different factors", beta=1.0, lam=0.75),
     _unknown("ld_dpo", "what a token counts depends on the other response", beta=1.0),
-    _unknown("discopop", "not convex in the margin", beta=1.0),
-    _unknown("hinge", "not smooth; scores that put pairs 1 apart", beta=1.0),
+    _unknown("discopop", "not convex: stays beside the reference", beta=1.0),
+    _unknown("apo_down", "bounded: ends on one response, where gradients vanish", beta=1.0),
     _unknown("rpo", "pulled to the chosen responses besides", beta=1.0, nll="sum", eta=0.2),
     _unknown("cpo", "pulled to the chosen responses besides", beta=1.0),
     _unknown("orpo", "pulled to the chosen responses besides"),
-    _unknown("slic", "pulled to the chosen responses besides; not smooth"),
 ]
-"""In the order of the table. Not here: `aot` and `aot_unpaired`, which are DPO on batches of one row and otherwise depend on
+"""In the order of the table. Not here: `hinge` and `slic`, which are not smooth, so that no gradient vanishes where they rest;
+version 2 of `radpo`, as that of `tdpo`; `aot` and `aot_unpaired`, which are DPO on batches of one row and otherwise depend on
 the batch; `sparsepo` and `mapo`, whose masks read hidden states, which a table has not."""

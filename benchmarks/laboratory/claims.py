@@ -109,7 +109,7 @@ def kto_ignores_noise(world: World) -> Claim:
     moved = "more" if drawn["KL, kto"] > drawn["KL, dpo"] else "less"
     parts = [
         f"{'it holds' if flips['KL, kto'] < 1e-3 < flips['KL, dpo'] else 'it does not hold'} for wrong labels",
-        f"circles that leave each p as it is are ignored by {' and '.join(m for m in methods if circles[f'KL, {m}'] < 1e-3)}",
+        f"circles that leave each p as it is are ignored by {', '.join(m for m in methods if abs(circles[f'KL, {m}']) < 1e-3)}",
         f"noise that changes p moves KTO {moved} than DPO",
     ]
     verdict = "; ".join(parts)
@@ -128,7 +128,7 @@ def kto_follows_the_majority() -> Claim:
     dpo, kto = rows[1]["the majority's"], rows[3]["the majority's"]
     verdict = "it holds" if dpo < 0.5 and kto > 0.99 else "it does not hold"
     statement = "Where 60% prefer what the reference writes seldom, DPO goes on preferring the other, KTO follows the majority"
-    return Claim(statement, "Ethayarajh et al. 2024, theorem 4.3", verdict, rows)
+    return Claim(statement, "Ethayarajh et al. 2024, arXiv:2402.01306", verdict, rows)
 
 
 def claims(world: World) -> list[Claim]:
