@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from . import console, memory, references, teacher_fill, teachers
+from . import console, learned, memory, references, teacher_fill, teachers
 from .checkpoints import checkpoint_to_resume
 from .data import Loaded
 from .models import add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
@@ -39,7 +41,7 @@ def check(run: Run) -> None:
 
 
 def outline(run: Run) -> nn.Module:
-    """The policy without weights: parameters on the meta device."""
+    """The policy, with the objective's own parameters, without weights: on the meta device."""
     dtype = run.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if run.model.peft is not None and bf16_available() else "float32"
@@ -48,7 +50,10 @@ def outline(run: Run) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             config, dtype=vars(torch)[dtype], trust_remote_code=run.model.trust_remote_code
         )
-        return model if run.model.peft is None else add_adapter(model, run.model.peft)
+        model = model if run.model.peft is None else add_adapter(model, run.model.peft)
+        reference = run.model if run.reference.model is None else dataclasses.replace(run.model, name=run.reference.model)
+        learned.add(model, run.objective, run.config, load_config(reference), seed=0)
+        return model
 
 
 def _data(loaded: Loaded) -> dict[str, str]:

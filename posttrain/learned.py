@@ -7,7 +7,7 @@ except in a checkpoint of DeepSpeed, whose own files hold all that is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from .models import causal_lm
+from .models import causal_lm, parameter_counts
 from .registry import Objective
 from .schema import UserError
 from .stats import Completions, Learned, Sizes
@@ -89,6 +89,12 @@ def optimise_apart(optimizer: torch.optim.Optimizer, own: Own, default: float) -
     optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": decay})
 
 
+def describe(own: Own, default: float) -> str:
+    """How many there are and how they are trained; `default` is the run's learning rate."""
+    rate, decay = rates(own, default)
+    return f"{parameter_counts(own)[0]:,} parameters of the objective, learning rate {rate:g}, weight decay {decay:g}"
+
+
 def rates(own: Own, default: float) -> tuple[float, float]:
     """Learning rate and weight decay of the module; `default` is the run's learning rate."""
     rate = own.learned.learning_rate(own.config)
@@ -146,8 +152,3 @@ class Kept(TrainerCallback):
         """The policy is that of the best checkpoint now (train.load_best_model_at_end)."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load(self.own, Path(state.best_model_checkpoint))
-
-
-def count(parameters: Iterable[Tensor]) -> int:
-    """Numbers in parameters; partitioned (ZeRO-3) ones are counted whole."""
-    return sum(p.ds_numel if "ds_numel" in vars(p) else p.numel() for p in parameters)

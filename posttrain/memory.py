@@ -7,6 +7,8 @@
     teachers     their parameters * bytes
     activations  tokens * layers * hidden * 34 bytes in 16-bit, twice that in float32: what a layer keeps for its backward under
                  an attention that stores no [T, T] matrix; with gradient checkpointing 2 bytes a layer and one layer whole
+    states       of completion tokens in the reference's layers, for an objective that reads them: tokens * layers * hidden, as
+                 computed and in float32
     vocabulary   the workspace of the kernel and the hidden states of completion tokens
 
 Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too, ZeRO-3 teachers.
@@ -29,7 +31,7 @@ from transformers import TrainingArguments
 
 from .models import causal_lm, parameter_counts
 from .recipe import Run
-from .stats import roles_of
+from .stats import States, roles_of
 from .trees import shareable
 
 _ACTIVATION_BYTES = 34
@@ -71,6 +73,9 @@ class Shape:
 
     teacher_bytes: int = 0
     """Of all teachers' parameters."""
+
+    states: bool = False
+    """The states of the reference's layers are kept; it is taken to be as large as the policy."""
 
     adam: bool = True
     """The optimizer keeps two moments."""
@@ -115,6 +120,7 @@ def shape(
         checkpointing=args.gradient_checkpointing,
         frozen_reference=kind == "frozen",
         teacher_bytes=teacher_bytes,
+        states=States() in run.objective.want(run.config),
         adam="adam" in args.optim.lower(),
         shards=args.world_size,
         sharded=_sharded(),
@@ -151,6 +157,7 @@ def predict(of: Shape) -> dict[str, float]:
         "reference": of.parameters * of.parameter_bytes * of.frozen_reference / weights_over,
         "teachers": of.teacher_bytes / weights_over,
         "activations": inputs + layer if of.checkpointing else layer * of.layers,
+        "states": of.tokens * of.layers * of.hidden * (of.compute_bytes + 4) * of.states,
         "vocabulary": _WORKSPACE + of.tokens * of.hidden * of.compute_bytes,
     }
 

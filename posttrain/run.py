@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from . import card, console, data, memory, references, teacher_fill, teachers
+from . import card, console, data, learned, memory, references, teacher_fill, teachers
 from .arguments import WHERE_AVAILABLE
 from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, refuse_other_processes
 from .engines.build import build as build_engine
@@ -345,9 +345,11 @@ def header(prepared: Prepared) -> dict[str, str]:
         memory.shape(run, args, prepared.model, prepared.data.train, references.kind_of(run), teachers.sizes(run))
     )
     settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(run.config).items())
+    own = {} if trainer.own is None else {"own": learned.describe(trainer.own, args.learning_rate)}
     return {
         "objective": f"{run.objective.name}: {settings}",
         "model": f"{run.model.name}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
+        **own,
         "dtypes": f"parameters {dtypes(parameters)}, trained (master weights) "
         f"{dtypes([p for p in parameters if p.requires_grad])}, computed in {compute}, logits float32",
         next(iter(compared(run))): "none" if trainer.reference is None else trainer.reference.description,

@@ -96,11 +96,21 @@ class Trainer(transformers.Trainer):
         after = None if objective.state is None else partial(objective.state, config)
         self.context = context.Context(self.accelerator, after)
         self.add_callback(self.context)
-        if self.own is not None and not self.is_deepspeed_enabled:
-            self.add_callback(learned.Kept(self.own))
+        if self.own is not None:
+            self._keep(self.own)
         if reference is not None:
             reference.prepare(self.accelerator)
         self.add_callback(SelfCheck(self))
+
+    def _keep(self, own: learned.Own) -> None:
+        """See that the objective's own parameters are optimised as they say, and saved."""
+        if not self.is_deepspeed_enabled:
+            self.add_callback(learned.Kept(own))
+        elif "optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
+            raise UserError(
+                "train.deepspeed: leave `optimizer` out of its configuration, as it would ignore the learning rate and weight "
+                f"decay of {self.objective.name}'s own parameters; train.optim names one"
+            )
 
     def collator(self) -> Collator:
         """Rows -> batch. For `layout: auto` the self-check sets its layout before the first batch is made."""
