@@ -79,7 +79,9 @@ def attach(model: nn.Module) -> None:
         answer = self.get_output_embeddings()(x, statistics=statistics)
         if statistics.lengths is None:
             return answer
-        return answer | self.objective({**statistics.given, **answer}, statistics.lengths)
+        for number, said in enumerate(by_reference({**statistics.given, **answer}, len(statistics.refs))):
+            answer |= _numbered(self.objective(said, statistics.lengths), number)
+        return answer
 
     lm.forward = MethodType(forward, lm)
     for head in _head_modules(lm):
@@ -100,10 +102,25 @@ def _attach_head(head: nn.Module, lm: PreTrainedModel) -> None:
                 answer = vocabulary_statistics(
                     mine, statistics.want, targets=statistics.targets, ref=ref, index=index, impl=statistics.impl
                 )
-                found |= {f"{number}/{name}" if number else name: values for name, values in answer.items()}
+                found |= _numbered(answer, number)
             return found
 
     head.forward = MethodType(forward, head)
+
+
+def _numbered(answer: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Statistics beside the second head of this number, as `by_reference` tells them apart."""
+    return {f"{number}/{name}" if number else name: values for name, values in answer.items()}
+
+
+def by_reference(answer: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The statistics beside each of `count` second heads (`Request.refs`), those of the first without a number."""
+    numbered = [{} for _ in range(max(count, 1))]
+    for name, values in answer.items():
+        number, slash, rest = name.partition("/")
+        own = slash and number.isdigit()
+        numbered[int(number) if own else 0][rest if own else name] = values
+    return numbered
 
 
 def model_inputs(model: nn.Module, batch: dict[str, Tensor], layout: str) -> dict[str, Any]:

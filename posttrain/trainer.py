@@ -24,7 +24,7 @@ from .foreign import Foreign, Retold
 from .inside import refuse_unknown
 from .meter import Meter
 from .mismatch import early_roles
-from .models import Request, causal_lm, evaluating, model_inputs
+from .models import Request, by_reference, causal_lm, evaluating, model_inputs
 from .reference import AdapterOff, CachedLogps, FrozenModel, Teachers, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
@@ -144,7 +144,7 @@ class Trainer(transformers.Trainer):
             self.objective.family(
                 **{**dict.fromkeys(self.roles), **self._completions(roles, batch, said), **columns}, context=scalars
             )
-            for said in _by_reference(answer, len(request.refs))
+            for said in by_reference(answer, len(request.refs))
         ]
         return dataclasses.replace(first, others=others) if others else first
 
@@ -313,13 +313,3 @@ class Trainer(transformers.Trainer):
             if line not in self._warned:
                 self._warned.add(line)
                 log.warning("step %d: %s", self.state.global_step, line)
-
-
-def _by_reference(answer: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The statistics beside each of `count` second heads (models.Request), those of the first without a number."""
-    numbered = [{} for _ in range(max(count, 1))]
-    for name, values in answer.items():
-        number, slash, rest = name.partition("/")
-        own = slash and number.isdigit()
-        numbered[int(number) if own else 0][rest if own else name] = values
-    return numbered

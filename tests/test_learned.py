@@ -124,6 +124,10 @@ def test_resumed(inputs: list[str], tmp_path: Path, peft: list[str]) -> None:
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in metrics.items() if k not in timed}
     (tmp_path / "checkpoint-2" / FILE).unlink()
     with pytest.raises(UserError, match=rf"^train.resume_from_checkpoint: \S+checkpoint-2 has no {FILE}, which holds the obj"):
+        resumed.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(
+        UserError, match=rf"^train.resume_from_checkpoint: \S+checkpoint-2 cannot be continued from: {FILE}"
+    ):
         run(inputs, tmp_path, *peft, f"train.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
 
 
