@@ -7,6 +7,7 @@ a key, so a sweep computes each reference log-prob once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -106,8 +107,11 @@ class AdapterOff:
     ) -> tuple[tuple[Head, ...], dict[str, Tensor]]:
         """Its output head on those tokens, for divergences, and what it says of its inside."""
         told = self.answer(model, batch, layout, request)
-        with model.disable_adapter():
-            return _with_logits(head_of(model, told.pop("hidden")), told, request)
+        with model.disable_adapter(), _gathered(causal_lm(model).get_output_embeddings()):
+            head = head_of(model, told.pop("hidden"))
+            # A tensor of its own still holds the weight when ZeRO-3 has partitioned the parameter again.
+            bias = None if head.bias is None else head.bias.detach()
+            return _with_logits(dataclasses.replace(head, weight=head.weight.detach(), bias=bias), told, request)
 
 
 class Teachers:
@@ -233,6 +237,19 @@ def _with_logits(head: Head, told: dict[str, Tensor], request: Request) -> tuple
         with torch.no_grad():
             told |= {name("logits"): mean_logits(head)[:, None]}
     return (head,), told
+
+
+@contextlib.contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """While this is open, parameters that ZeRO-3 partitions are whole."""
+    partitioned = [parameter for parameter in module.parameters() if "ds_id" in vars(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
 
 
 def reads_vocabulary(objective: Objective, config: Any) -> bool:
