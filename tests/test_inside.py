@@ -9,7 +9,7 @@ from tiny_models import SHARING, tiny
 from torch import Tensor, nn
 
 from posttrain.inside import refuse_unknown
-from posttrain.models import Request, attach, model_inputs
+from posttrain.models import Request, attach
 from posttrain.reference import AdapterOff, FrozenModel
 from posttrain.schema import UserError
 from posttrain.stats import Activations, States
@@ -27,7 +27,7 @@ def read(reference: FrozenModel | AdapterOff, policy: nn.Module, want: tuple = W
     """What a reference says of the completion tokens of `ROWS`, laid out as trees."""
     batch = TreeCollator(("chosen", "rejected"))(ROWS)
     request = Request(gather=batch["gather"], targets=batch["targets"], want=(), inside=want)
-    return reference.head(policy, model_inputs(policy, batch, "tree"), request)[1]
+    return reference.heads(policy, batch, "tree", request)[1]
 
 
 @torch.no_grad()
