@@ -278,4 +278,5 @@ UNKNOWN = [
 ]
 """In the order of the table. Not here: `hinge` and `slic`, which are not smooth, so that no gradient vanishes where they rest;
 version 2 of `radpo`, as that of `tdpo`; `aot` and `aot_unpaired`, which are DPO on batches of one row and otherwise depend on
-the batch; `sparsepo` and `mapo`, whose masks read hidden states, which a table has not."""
+the batch; `wpo_kto`, whose weights move KTO's threshold with the policy; `sparsepo` and `mapo`, whose masks read hidden states,
+which a table has not."""

@@ -96,14 +96,13 @@ def kto_ignores_noise(world: World) -> Claim:
         "circles, p as before": world.with_preference(world.preference + cyclic(world)),
         "random": world.with_preference((world.preference.logit() + random(world)).sigmoid()),
     }
-    methods = {"dpo": {}, "ipo": {"beta": 0.25}, "kto": {}}
+    methods = {"dpo": {"beta": 1.0}, "ipo": {"beta": 0.25}, "kto": {"beta": 1.0}}
+    clean = {name: policy(world, name, **settings) for name, settings in methods.items()}
     rows = []
     for kind, noisy in kinds.items():
         sides = ((noisy.win > 0.5) != (world.win > 0.5)).double().mean().item()
         row = {"noise": kind, "intransitive triples": intransitive(noisy), "p changes sides": sides}
-        for name, settings in methods.items():
-            settings = {"beta": 1.0, **settings}
-            row[f"KL, {name}"] = divergence(policy(noisy, name, **settings), policy(world, name, **settings))
+        row |= {f"KL, {name}": divergence(policy(noisy, name, **methods[name]), logp) for name, logp in clean.items()}
         rows.append(row)
     flips, circles, drawn = rows[1], rows[2], rows[3]
     moved = "more" if drawn["KL, kto"] > drawn["KL, dpo"] else "less"
