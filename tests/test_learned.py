@@ -182,6 +182,25 @@ def test_predicted_memory_counts_them(inputs: list[str]) -> None:
 
 
 @pytest.mark.multi
+def test_fully_sharded(tmp_path: Path) -> None:
+    """FSDP2 on two processes: masks, their gradients, what is written and what is read are those of whole parameters."""
+    script = Path(__file__).with_name("fully_sharded.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
+    got = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert got.returncode == 0, got.stderr[-3000:]
+    assert (tmp_path / FILE).is_file()
+
+
+@pytest.mark.multi
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_sharded(inputs: list[str], tmp_path: Path, stage: int) -> None:

@@ -9,9 +9,10 @@ The masks a (reward) and b (KL) come from one network (`common`; their L1 weight
 layers, v has no bias. a = b = 1 is TDPO1. All is trained together, the masks with a learning rate and a weight decay of their
 own; the exported model does not hold them. Rewards logged: r as it stands in the loss.
 
-Masks are unbounded and start small and half zero (mean about 0.08): the effective beta is beta * mask. Where the policy equals
+Masks are unbounded and start small (mean about 0.1), half of them 0: the effective beta is beta * mask. Where the policy equals
 the reference U = Q = 0, so without L1 the first step moves the policy and not the masks. A mask that is 0 at every token has no
-gradient and stays 0; it is reported.
+gradient and stays 0; it is reported. Hidden states of real models vary little between tokens, so that a network starts with
+most tokens masked or with few: of 300 on states of SmolLM2-135M 9 % started at 0 for each of 51 tokens.
 
 Source: Christopoulou et al. 2025 (Findings of EMNLP), arXiv:2410.05102; the formulas are those of the authors' code
 (huawei-noah/HEBO, SparsePO), which has dropout in the networks, off by default, and none here. It logs beta * (U - Q), the KL
