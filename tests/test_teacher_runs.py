@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +161,45 @@ def test_logps_asks_once(folder: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
     run(folder, tmp_path, *teacher, "train.learning_rate=1e-4", go=prepare)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} and before
+
+
+@pytest.mark.multi
+def test_two_processes_ask_for_half_each(folder: Path, tmp_path: Path) -> None:
+    teacher = (f"teacher={folder / 'teacher'}", "teacher.kind=cached")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "posttrain",
+        "logps",
+    ]
+    words = ["objective=kd", *settings(folder, tmp_path / "two", *teacher)]
+    got = subprocess.run([*launch, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert got.returncode == 0, got.stderr[-4000:]
+    assert "completions 12" in " ".join(got.stdout.split())
+    written = sorted((tmp_path / "two" / "cache").rglob("*.safetensors"))
+    both = run(folder, tmp_path / "two", *teacher, go=prepare).trainer.reference
+    one = run(folder, tmp_path / "one", *teacher, go=prepare)
+    assert len(written) == 2 and sorted((tmp_path / "two" / "cache").rglob("*.safetensors")) == written and len(both) == 12
+    for row in (row for part in (one.data.train, one.data.eval) for row in part):
+        mine, theirs = (cache.lookup(row["prompt"], row["completion"][0]) for cache in (both, one.trainer.reference))
+        assert (mine["top_ids"] == theirs["top_ids"]).all()
+        assert abs(mine["top_reference_logps"] - theirs["top_reference_logps"]).max() < 2e-6
+
+
+def test_check_says_who_is_asked_and_asks_nobody(folder: Path, tmp_path: Path) -> None:
+    for words, said in [
+        ([f"teacher={folder / 'teacher'}", "teacher.kind=cached"], f"teacher cached: {folder / 'teacher'}"),
+        (["teacher.kind=served", "teacher.url=http://127.0.0.1:9"], "teacher the model served at http://127.0.0.1:9"),
+    ]:
+        result = invoke("check", "objective=kd", *settings(folder, tmp_path, *words))
+        assert result.exit_code == 0, result.output
+        assert said in " ".join(result.output.split()) and "teachers 0" not in result.output
+    assert not (tmp_path / "cache").exists()
 
 
 def test_damage_and_absence_are_named(folder: Path, tmp_path: Path) -> None:
