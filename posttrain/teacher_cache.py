@@ -165,8 +165,8 @@ class CachedTeacher:
     def keep(self, answers: Iterable[Sequence[tuple[bytes, Entry]]]) -> Iterator[int]:
         """Write (key, entry) as they come, shard by shard; yields how many came so far.
 
-        A shard is written beside and renamed, so a killed process loses the unfinished one only; where an answer fails, what
-        came before it is written, too.
+        A shard is written beside and renamed, so a killed process loses the unfinished one only (of which a `.partial` may stay
+        that nobody reads); where an answer fails, what came before it is written, too.
         """
         shard: dict[bytes, Entry] = {}
         tokens = done = 0

@@ -90,7 +90,7 @@ def kept(
     k = min(top.k, size)
     if run.teacher.kind == "served":
         server = _server(run, k, size)
-        address = hashlib.blake2b(f"served {server.model}".encode(), digest_size=12).hexdigest()
+        address = hashlib.blake2b(f"served {server.model} to {size}".encode(), digest_size=12).hexdigest()
         cache = _cache(run, address, k, size, server.model)
     else:
         taught = teachers.build(run, size)
@@ -109,6 +109,8 @@ def kept(
     else:
         answers = _computed(run, args, taught, model, cache, share, top)
     console.track(cache.keep(answers), len(share) * len(roles), "teacher")
+    if run.teacher.kind == "served":
+        server.close()
     PartialState().wait_for_everyone()
     cache.reload()
     return cache

@@ -149,6 +149,10 @@ class ServedTeacher:
         ids, logps, own = zip(*positions, strict=True)
         return Entry(ids=np.array(ids), logps=np.array(logps, dtype=np.float32), own=np.array(own, dtype=np.float32))
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def _position(self, told: dict[str, dict[str, Any]], token: int) -> tuple[list[int], list[float], float]:
         """The k likeliest items, their log-probs, and that of `token`; vLLM writes -inf as -9999."""
         logps = {int(id): max(float(one["logprob"]), FLOOR) for id, one in told.items()}
