@@ -342,7 +342,7 @@ def header(prepared: Prepared) -> dict[str, str]:
     processes = args.world_size
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     predicted = memory.predict(
-        memory.shape(run, args, prepared.model, prepared.data.train, references.kind_of(run), teachers.sizes(run))
+        memory.shape(run, args, prepared.model, prepared.data.train, references.kind_of(run), teachers.held(trainer.reference))
     )
     settings = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(run.config).items())
     own = {} if trainer.own is None else {"own": learned.describe(trainer.own, args.learning_rate)}

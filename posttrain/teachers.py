@@ -160,6 +160,12 @@ def sizes(run: Run) -> int:
     return total
 
 
+def held(reference: Any) -> int:
+    """Bytes of the parameters of teachers that are loaded; partitioned ones are counted whole, other references not at all."""
+    models = reference.models if isinstance(reference, Teachers | Foreign) else ()
+    return sum(parameter_counts(model)[0] * next(model.parameters()).element_size() for model in models)
+
+
 def weighted(objective: Objective, shares: Sequence[float]) -> Objective:
     """The objective whose loss is the weighted mean of its losses beside each of several teachers.
 
