@@ -16,9 +16,11 @@ from tiny import tiny_tokenizer
 from tiny_models import tiny
 
 from posttrain.cli import main
+from posttrain.data import load
 from posttrain.recipe import load_run
 from posttrain.records import read_metrics
 from posttrain.run import Prepared, execute
+from posttrain.settings import DataConfig
 
 
 def invoke(*words: object) -> Result:
@@ -231,3 +233,33 @@ def test_a_teacher_in_pieces(small: list[str], tmp_path: Path) -> None:
     assert got.returncode == 0, got.stderr[-3000:]
     found = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (alone, apart)]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+# Rows of one completion
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "ab?", "completion": "yes"}, "<|im_start|>user\nab?<|im_end|>", "yes<|im_end|>"),
+        ({"instruction": "ab", "context": "a b", "response": "no"}, "<|im_start|>user\nab\n\na b<|im_end|>", "no<|im_end|>"),
+        ({"instruction": "ab", "input": "", "output": "no"}, "<|im_start|>user\nab<|im_end|>", "no<|im_end|>"),
+        ({"question": "a?", "answer": "b"}, "<|im_start|>user\na?<|im_end|>", "b<|im_end|>"),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "ab"), turn("assistant", "no")]},
+            "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nab<|im_end|>",
+            "no<|im_end|>",
+        ),
+    ],
+    ids=["prompt", "dolly", "alpaca", "question", "messages"],
+)
+def test_rows_of_one_completion(row: dict[str, object], prompt: str, completion: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    example = load(DataConfig(name=str(path)), tiny_tokenizer(), ["completion"]).report.train[0].example
+    assert example["prompt"].endswith(f"{prompt}\n<|im_start|>assistant\n")
+    assert example["completion"] == completion
