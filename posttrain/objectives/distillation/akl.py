@@ -12,7 +12,7 @@ likeliest items, and only the tokens whose head is larger are looked at further.
 
 Source: Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
 arXiv:2404.02657, and the authors' code.
-Value at policy == reference: 0.
+Value at policy == reference: 0; with ce_weight it depends on the data.
 """
 
 from __future__ import annotations
