@@ -143,6 +143,15 @@ def test_runs_beside_disk_server_and_teacher_are_the_same(folder: Path, tmp_path
     assert losses(again)[:3] == losses(served)[:3] and asked == server.completions() == 12
 
 
+def test_a_method_with_parameters_of_its_own_reads_it_too(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for name, kind in (("live", "model"), ("kept", "cached")):
+        words = settings(folder, tmp_path / name, f"teacher={folder / 'teacher'}", f"teacher.kind={kind}")
+        drop = ("top=", "teacher.cache=") if kind == "model" else ("top=",)
+        found.append(losses(execute(load_run("dackl", None, [*(one for one in words if not one.startswith(drop)), "k=8"]))))
+    assert len(found[0]) > 3 and found[1] == pytest.approx(found[0], abs=1e-5)
+
+
 def test_the_student_with_its_adapter_off(folder: Path, tmp_path: Path) -> None:
     done = run(folder, tmp_path, "teacher.kind=cached", "model.peft={r: 4}", "train.max_steps=1")
     assert losses(done)[0] == pytest.approx(0.0, abs=1e-6)
