@@ -31,7 +31,9 @@ from posttrain.engines.hf import HFEngine
 from posttrain.engines.rollout import Rollout
 from posttrain.engines.server import ServerEngine
 from posttrain.models import attach
+from posttrain.reference import sequence_key
 from posttrain.settings import SamplingConfig
+from posttrain.teacher_server import ServedTeacher
 
 pytestmark = [
     pytest.mark.slow,
@@ -126,6 +128,29 @@ class Training:
 
     def export(self, folder: Path) -> None:
         weights.write(self.model, folder)
+
+
+def test_a_served_teacher_says_what_the_model_says(server: Server) -> None:
+    """Of the weights that the server starts with, so before the tests that bring others."""
+    model, tokenizer, k = policy(0), tiny_tokenizer(), 7
+    asked = ServedTeacher(server.url, model=None, k=k, size=320)
+    rows = [
+        {"prompt": prompt, "completion": [tokenizer(" yes ab?" * (1 + i)).input_ids[1:]]} for i, prompt in enumerate(PROMPTS)
+    ]
+    asked.check(rows, ["completion"], tokenizer)
+    (window,) = asked.answers(rows, ["completion"])
+    for row, (key, entry) in zip(rows, window, strict=True):
+        (completion,) = row["completion"]
+        ids = torch.tensor([[*row["prompt"], *completion]])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0, len(row["prompt"]) - 1 : -1].log_softmax(-1)
+        best, items = logps.topk(k)
+        assert key == sequence_key(row["prompt"], completion) and torch.equal(torch.from_numpy(entry.ids), items)
+        assert (torch.from_numpy(entry.logps) - best).abs().max() < 1e-4
+        own = logps.gather(1, ids[0, len(row["prompt"]) :, None])[:, 0]
+        assert (torch.from_numpy(entry.own) - own).abs().max() < 1e-4
+    with pytest.raises(EngineError, match=r"status 400: Requested prompt logprobs of 21, .* --max-logprobs 21; "):
+        ServedTeacher(server.url, model=None, k=21, size=320).answer([1, 2], [3])
 
 
 def test_a_server_follows_the_policy(server: Server, tmp_path: Path) -> None:
