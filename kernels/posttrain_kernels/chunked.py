@@ -16,7 +16,7 @@ token's logits have the same bits in any batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,6 +27,7 @@ from .backward import backward_pass
 from .fold import State
 from .forward import forward_pass
 from .head import CONSTANT, KLS, Form, Head, Rowwise, Separable, Want, name_of, names_of
+from .memory import limited, with_less
 from .task import Gradients, Need, Result, Sizes, Task
 
 _CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "chunk": 2048}
@@ -40,8 +41,8 @@ def _defaults(head: Head) -> dict[str, int]:
 
 
 def workspace_of(head: Head, workspace: int | None) -> int:
-    """Bytes of temporary memory to aim at: those given, or the default of the device."""
-    return _defaults(head)["workspace"] if workspace is None else workspace
+    """Bytes of temporary memory to aim at: those given, or the default of the device; less where less has been found to fit."""
+    return limited(_defaults(head)["workspace"] if workspace is None else workspace, head.x.device)
 
 
 def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) -> Sizes:
@@ -67,12 +68,22 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) ->
     return Sizes(rows, pad, items, block, kept, chunk, whole=max(workspace // (max(whole, 1) * head.size * itemsize), 1))
 
 
+_X = 2
+"""Place of the hidden states in `Head.tensors`."""
+
+
 @dataclass(frozen=True)
 class _Plan:
     """The part of a call that is not tensors."""
 
     want: tuple[Want, ...]
-    sizes: Sizes
+    workspace: int
+    """Bytes of temporary memory to aim at."""
+
+    temporaries: int
+    whole: int
+    """As in `sizes_of`."""
+
     forms: tuple[Form, ...]
     """Of the head and, if it is read, the ref."""
 
@@ -96,14 +107,31 @@ class _Plan:
         names = [name for name in self.names if name not in {*self.constant, "gather"}]
         return "logp" if "logp" in names else next(iter(names), None)
 
-    def task(self, tensors: Sequence[Tensor | None]) -> Task:
+    def task(self, tensors: Sequence[Tensor | None], workspace: int) -> Task:
         """The inputs put together again; `tensors` are target, index, and those of the heads."""
         at = 2 + self.forms[0].count
         head = self.forms[0].head(tensors[2:at])
         ref = self.forms[1].head(tensors[at:]) if len(self.forms) > 1 else None
         divergences = {name_of(e): e if isinstance(e, Separable) else KLS[e] for e in self.want if _is_divergence(e)}
         rowwise = {entry.name: entry for entry in self.want if isinstance(entry, Rowwise)}
-        return Task(head, ref, tensors[0], tensors[1], self.names, divergences, rowwise, self.sizes)
+        sizes = sizes_of(head, workspace, self.temporaries, self.whole)
+        return Task(head, ref, tensors[0], tensors[1], self.names, divergences, rowwise, sizes)
+
+    def forward(self, tensors: Sequence[Tensor | None], unit: str | None, need: Need | None) -> Result:
+        """The forward pass, in as much memory as there is."""
+        return with_less(
+            lambda workspace: forward_pass(self.task(tensors, workspace), unit=unit, need=need),
+            self.workspace,
+            tensors[2 + _X].device,
+        )
+
+    def backward(self, tensors: Sequence[Tensor | None], result: Result, upstream: Mapping[str, Tensor]) -> Gradients:
+        """The backward pass, in as much memory as there is."""
+        return with_less(
+            lambda workspace: backward_pass(self.task(tensors, workspace), result, upstream, self.need),
+            self.workspace,
+            tensors[2 + _X].device,
+        )
 
     def read(self, result: Result) -> list[Tensor]:
         """The wanted statistics in order."""
@@ -132,15 +160,16 @@ def chunked_stats(
     heads = [head, ref] if both else [head]
     need = Need.of(head)
     single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *CONSTANT}
-    sizes = sizes_of(head, workspace, 1 if single else 8, max((entry.temporaries for entry in rowwise), default=0))
-    plan = _Plan(tuple(want), sizes, tuple(Form.of(one) for one in heads), need, eager)
+    cut = {"temporaries": 1 if single else 8, "whole": max((entry.temporaries for entry in rowwise), default=0)}
+    forms = tuple(Form.of(one) for one in heads)
+    plan = _Plan(tuple(want), workspace_of(head, workspace), **cut, forms=forms, need=need, eager=eager)
     read_target = target if "logp" in names or "ref_logp" in names or rowwise else None
     inputs = [read_target, index if "gather" in names else None, *(tensor for one in heads for tensor in one.tensors)]
     if need.any:
         values = _Statistics.apply(plan, *inputs)
     else:
         with torch.no_grad():
-            values = plan.read(forward_pass(plan.task(inputs), unit=None, need=None))
+            values = plan.read(plan.forward(inputs, unit=None, need=None))
     return dict(zip(names, values, strict=True))
 
 
@@ -149,7 +178,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, plan: _Plan, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        result = forward_pass(plan.task(inputs), unit=plan.unit, need=plan.need)
+        result = plan.forward(inputs, unit=plan.unit, need=plan.need)
         outputs = plan.read(result)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(v for name, v in zip(plan.names, outputs, strict=True) if name in plan.constant))
@@ -163,16 +192,15 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         saved = iter(ctx.saved_tensors)
-        task = plan.task([next(saved) for _ in range(ctx.inputs)])
+        inputs = [next(saved) for _ in range(ctx.inputs)]
         state = State(*(next(saved) for _ in fields(State)))
         result = Result(state, next(saved), {}, {name: next(saved) for name in ctx.sums}, None)
         upstream = {name: grad for name, grad in zip(plan.names, grads, strict=True) if grad is not None}
         ready = _scaled_unit(ctx, upstream.get(plan.unit))
         if ready is not None:
             del upstream[plan.unit]
-        out = backward_pass(task, result, upstream, plan.need) if upstream or ready is None else None
-        out = _sum(out, ready)
-        found = out.like(task.head)
+        out = plan.backward(inputs, result, upstream) if upstream or ready is None else None
+        found = _sum(out, ready).like(plan.forms[0].head(inputs[2 : 2 + plan.forms[0].count]))
         return (None, None, None, *found, *[None] * (ctx.inputs - 2 - len(found)))
 
 
