@@ -7,7 +7,6 @@ nothing is declared here, and an objective that is added gets its command by exi
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -90,6 +89,11 @@ class RunCommand(click.Command):
                     (
                         "--layout  auto|tree|separate",
                         "Share each prompt among its completions; auto: where it is exact.  [auto]",
+                    ),
+                    (
+                        "--nonfinite  stop|skip|go_on",
+                        "A loss or gradient that is not finite: end the run with the batch saved, leave the step out,"
+                        " or take it.  [stop]",
                     ),
                     ("--imports  list of modules", "Python modules to import first; they may register objectives.  [[]]"),
                 ]
@@ -247,9 +251,11 @@ def _load(command: str, words: Sequence[str], launch: str | None, processes: int
     recipe, overrides = read_words(words)
     run = load_run(command if command in registry.names() else None, recipe, overrides)
     if launch is not None:
+        from .launch import launch as start
         from .shipped import launch_config
 
-        _launch(launch_config(launch), [command, *words], processes)
+        sys.stdout.flush()
+        start(launch_config(launch), [command, *words], processes)
     if processes is not None:
         raise UserError("--processes belongs to --launch")
     return run
@@ -278,27 +284,6 @@ def read_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             raise UserError(f"{word!r} is neither --key value nor key=value" + (f"; the recipe is {recipe}" if recipe else ""))
     return recipe, overrides
-
-
-def _launch(config: Path, words: list[str], processes: int | None) -> None:
-    """Become `accelerate launch` of this command."""
-    import torch
-    import yaml
-
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    kind = settings.get("distributed_type")
-    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"--launch: {config} needs deepspeed, which is not installed; pip install 'posttrain[deepspeed]'")
-    count = processes or (1 if kind == "NO" else torch.cuda.device_count())
-    if count < 1:
-        raise UserError(
-            f"--launch: {config} starts one process per GPU and there is none here; give --processes, or no --launch"
-        )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(count)]
-    if count > 1 and settings.get("num_machines", 1) == 1 and "main_process_port" not in settings:
-        command += ["--main_process_port", "0"]  # any free one, so that two runs fit on a machine
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "posttrain", *words])
 
 
 def _fail(message: str) -> int:

@@ -25,7 +25,6 @@ from posttrain.arguments import DEFAULTS, REFUSED, types
 from posttrain.cli import main, read_words
 from posttrain.recipe import load_run
 from posttrain.records import read_metrics
-from posttrain.schema import UserError
 
 
 def invoke(*words: object) -> Result:
@@ -438,21 +437,29 @@ def test_launch_configurations_load(name: str) -> None:
     assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(name)
 
 
-def test_launch_becomes_accelerate_launch(small: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_is_accelerate_launch(small: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-
-    def stop(path: str, command: list[str]) -> None:
-        calls.append(command)
-        raise UserError("stopped here")
-
-    monkeypatch.setattr("os.execv", stop)
-    assert refused(*small, "--launch", "ddp", "--processes", 2) == "stopped here"
-    config = str(shipped.launch_config("ddp"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
-    command += ["--main_process_port", "0"]
-    assert calls == [[*command, "-m", "posttrain", *map(str, small)]]
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    assert invoke(*small, "--launch", "ddp", "--processes", 2).exit_code == 0
+    (told,) = calls
+    assert told.config_file == str(shipped.launch_config("ddp")) and told.num_processes == 2
+    assert told.main_process_port == 0 and told.module and told.training_script == "posttrain"
+    assert told.training_script_args == [str(word) for word in small]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert "one process per GPU and there is none here" in refused(*small, "--launch", "zero2")
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("name", ["single", "ddp"])
+def test_a_mistake_in_launched_processes_is_one_line(small: list[object], tmp_path: Path, name: str) -> None:
+    """Their line and their status; nothing of the launcher's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    command = [sys.executable, "-m", "posttrain", *small, "--launch", name, "--processes", 1 if name == "single" else 2]
+    got = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    lines = [line for line in got.stderr.splitlines() if "error" in line.lower() or line.startswith(" ")]
+    assert got.returncode == 2 and "Traceback" not in got.stderr, got.stderr
+    assert len(lines) == 1 and "holds another run's checkpoints or model" in lines[0]
 
 
 @pytest.mark.multi
