@@ -60,8 +60,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_use_gather_object": ((False,), "evaluation keeps no predictions"),
     "eval_accumulation_steps": ((None,), "evaluation keeps no predictions"),
     "use_cache": ((False,), "nothing is generated while training"),
+    "auto_find_batch_size": ((False,), "how many rows a step has is not left to chance; posttrain check predicts the memory"),
 }
 """Arguments that this trainer would ignore or that contradict it: the values that are true of it, and why no other."""
+
+DEALT: dict[str, bool] = {"split_batches": False, "dispatch_batches": False, "even_batches": True}
+"""What this trainer does in place of these keys of `accelerator_config`: each process packs its own rows, none is repeated."""
 
 _WIDER: dict[str, Any] = {
     "resume_from_checkpoint": bool | str | None,
@@ -97,6 +101,13 @@ def parse_train(values: Mapping[str, Any], where: str = "train") -> dict[str, An
             allowed, reason = REFUSED[name]
             raise UserError(
                 f"{where}: {name} = {value!r} would be ignored: {reason}; leave it out ({' or '.join(map(repr, allowed))})"
+            )
+    config = parsed.get("accelerator_config")
+    for key, value in (config if isinstance(config, Mapping) else {}).items():
+        if key in DEALT and value != DEALT[key]:
+            raise UserError(
+                f"{where}: accelerator_config.{key} = {value!r} would be ignored: each process packs its own rows, "
+                "every row of an epoch once; leave it out"
             )
     return parsed
 

@@ -37,6 +37,11 @@ class Context(TrainerCallback):
     def __init__(self, accelerator: Any, after: After | None = None) -> None:
         self.accelerator, self.after = accelerator, after
         self._pending: dict[str, Tensor] = {}
+        self._skipped = False
+
+    def skip(self) -> None:
+        """Take nothing of this step."""
+        self._pending, self._skipped = {}, True
 
     def remember(self, values: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's values to those of its step."""
@@ -46,6 +51,9 @@ class Context(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the finished step into the running means and the state, over all processes alike."""
+        if self._skipped:
+            self._skipped = False
+            return
         sums, means = state.stateful_callbacks.setdefault(_SUMS, {}), {}
         for name in sorted(self._pending):
             total, count = self.accelerator.reduce(self._pending[name], "sum").tolist()

@@ -114,8 +114,9 @@ class OnlineTrainer(Trainer):
         lengths = [len(completion) for completion in completions]
         mask = torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]  # [B, T]
         padded = lambda rows: pad_sequence([row.cpu() for row in rows], batch_first=True)  # noqa: E731
-        ours = padded([torch.tensor(completion) for completion in completions])
-        positions = worst_disagreement(ours, padded(theirs.split(lengths)), padded(kl.split(lengths)), mask).tolist()
+        ours = [torch.tensor(completion) for completion in completions]
+        sides = (padded(rows) for rows in (ours, theirs.split(lengths), kl.split(lengths)))
+        positions = worst_disagreement(*sides, mask).tolist() if lengths else []  # without rows others still sample below
         told = [row.tolist() for row in theirs.split(lengths)]
         kept = [corrected(*one) for one in zip(completions, told, positions, strict=True)]
         whole = [position < 0 or ids[-1] in self.ends for ids, position in zip(kept, positions, strict=True)]

@@ -19,11 +19,15 @@ from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, Ro
 from .written import merge, read, section, split, whence
 
 Layout = Literal["auto", "tree", "separate"]
+NonFinite = Literal["stop", "skip", "go_on"]
+
+CHOICES = {"layout": Layout, "nonfinite": NonFinite}
+"""Keys of a recipe that are one word of several; the first is the default."""
 
 SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind", "teacher": "model", "engine": "kind"}
 """Sections that may be written as one word: `model: X` is `model: {name: X}`, `--reference cached` is reference.kind."""
 
-SECTIONS = (*SHORT, "rollouts", "sampling", "layout", "train", "imports")
+SECTIONS = (*SHORT, "rollouts", "sampling", "layout", "nonfinite", "train", "imports")
 """The keys of a recipe."""
 
 
@@ -62,6 +66,10 @@ class Run:
     """How prompts and completions are laid out: tree shares a prompt among its completions, separate repeats it; auto shares
     where it is exact."""
 
+    nonfinite: NonFinite = "stop"
+    """A loss or gradient that is not finite: stop ends the run with the batch saved for inspection, skip leaves the step out,
+    go_on takes it."""
+
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of transformers.TrainingArguments: what the user gave, and our defaults."""
 
@@ -80,6 +88,7 @@ class Run:
             "engine": dataclasses.asdict(self.engine),
             "sampling": dataclasses.asdict(self.sampling),
             "layout": self.layout,
+            "nonfinite": self.nonfinite,
             "imports": list(self.imports),
             "train": {key: _plain(value) for key, value in self.train.items() if not _withheld(key, value)},
         }
@@ -106,8 +115,9 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
 
     where = whence(recipe, written, keys)
     config = {key: value for key, value in section(values, "objective", where, SHORT).items() if key != "name"}
-    if "layout" in values and values["layout"] not in get_args(Layout):
-        raise UserError(f"{where('layout')} = {values['layout']!r}; possible: {', '.join(get_args(Layout))}")
+    for key, choice in CHOICES.items():
+        if key in values and values[key] not in get_args(choice):
+            raise UserError(f"{where(key)} = {values[key]!r}; possible: {', '.join(get_args(choice))}")
     model = parse(ModelConfig, section(values, "model", where, SHORT), where("model"))
     data = parse(DataConfig, section(values, "data", where, SHORT), where("data"))
     run = Run(
@@ -121,6 +131,7 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
         engine=parse(EngineConfig, section(values, "engine", where, SHORT), where("engine")),
         sampling=parse(SamplingConfig, section(values, "sampling", where, SHORT), where("sampling")),
         layout=values.get("layout", "auto"),
+        nonfinite=values.get("nonfinite", "stop"),
         train=arguments.parse_train(section(values, "train", where, SHORT), where("train")),
         imports=tuple(values.get("imports") or ()),
     )

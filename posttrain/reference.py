@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from posttrain_kernels import ONE_HEAD, Head
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .inside import name
@@ -53,7 +55,11 @@ class FrozenModel:
         return self.lm
 
     def prepare(self, accelerator: Any) -> None:
-        """Move it to the device; under ZeRO-3 partition it as the policy is."""
+        """Move it to the device; under ZeRO-3 and FSDP2 shard it, layer by layer, as the policy is."""
+        if accelerator.is_fsdp2:
+            self.model = fsdp2_prepare_model(accelerator, self.model)  # also brings the weights that one process has read
+            self._whole = {name: _full(p) for name, p in self.lm.get_output_embeddings().named_parameters()}
+            return
         plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
         if plugin is None or plugin.zero_stage != 3:
             self.model.to(accelerator.device)
@@ -110,8 +116,8 @@ class AdapterOff:
         with model.disable_adapter(), _gathered(causal_lm(model).get_output_embeddings()):
             head = head_of(model, told.pop("hidden"))
             # A tensor of its own still holds the weight when ZeRO-3 has partitioned the parameter again.
-            bias = None if head.bias is None else head.bias.detach()
-            return _with_logits(dataclasses.replace(head, weight=head.weight.detach(), bias=bias), told, request)
+            bias = None if head.bias is None else _full(head.bias)
+            return _with_logits(dataclasses.replace(head, weight=_full(head.weight), bias=bias), told, request)
 
 
 class Teachers:
@@ -187,11 +193,13 @@ class CachedLogps:
             self._seen.add(path)
 
     def lookup(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, np.ndarray]:
-        """`reference_logps`, [T] float32, of a completion given its prompt.
+        """`reference_logps`, [T] float32, of a completion given its prompt; of one without tokens none.
 
         Raises:
             UserError: it was never computed (the data changed since).
         """
+        if not completion:
+            return {"reference_logps": np.empty(0, dtype=np.float32)}
         key = sequence_key(prompt, completion)
         if key not in self._entries:
             raise UserError(f"reference: {self.folder} lacks a completion of {len(completion)} tokens; run `posttrain logps`")
@@ -250,6 +258,12 @@ def _gathered(module: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
+
+
+def _full(parameter: Tensor) -> Tensor:
+    """Its values, whole where FSDP2 shards it."""
+    values = parameter.detach()
+    return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def reads_vocabulary(objective: Objective, config: Any) -> bool:

@@ -26,6 +26,7 @@ from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, ref
 from .engines.build import build as build_engine
 from .engines.build import ends_of
 from .engines.rollout import Engine
+from .faults import writing
 from .foreign import Retold
 from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
@@ -116,6 +117,7 @@ def prepare(run: Run) -> Prepared:
         layout=run.layout,
         starts_at_reference=run.reference.model is None and not run.teacher.model and run.teacher.kind != "served",
         retell=None if other is None else partial(Retold, tokenizer, other, teachers.positions(run)),
+        nonfinite=run.nonfinite,
         train_dataset=loaded.train,
         eval_dataset=loaded.eval,
         processing_class=tokenizer,
@@ -159,11 +161,13 @@ def execute(run: Run) -> Prepared:
         console.show(header(prepared), title=f"posttrain {run.objective.name}")
         if prepared.checkpoint:
             console.console().print(f"continued from {prepared.checkpoint}")
-    result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    with writing(Path(args.output_dir)):
+        result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if prepared.checkpoints.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step}; the same command continues from the checkpoint there")
     final = _final_evaluation(prepared)
-    export(prepared)
+    with writing(Path(args.output_dir)):
+        export(prepared)
     if args.process_index == 0:
         card.write(run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run))
         _upload(prepared)

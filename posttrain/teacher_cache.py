@@ -141,6 +141,9 @@ class CachedTeacher:
         Raises:
             UserError: it was never asked (the data changed since), or the entry is damaged.
         """
+        if not completion:
+            none = {"reference_logps": (0,), "top_ids": (0, self.k), "top_reference_logps": (0, self.k)}
+            return {name: np.empty(shape, dtype=np.int64 if name == "top_ids" else np.float32) for name, shape in none.items()}
         place = self._places.get(sequence_key(prompt, completion))
         if place is None:
             raise UserError(

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import context, learned
+from .faults import NonFinite, Policy
 from .foreign import Foreign, Retold
 from .inside import refuse_unknown
+from .loading import loader
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, by_reference, causal_lm, evaluating, model_inputs
@@ -48,10 +51,12 @@ class Trainer(transformers.Trainer):
         starts_at_reference: whether policy and reference are equal before training, which is then checked.
         impl: implementation of the kernel (`auto`, `dense`, `chunked`).
         retell: makes the collator of a teacher that has another tokenizer from the student's.
+        nonfinite: what to do about a loss or gradient that is not finite; faults.py.
         kwargs: those of `transformers.Trainer`.
 
     Raises:
-        UserError: several GPUs are visible to one process, which would replicate the model in threads.
+        UserError: several GPUs are visible to one process, which would replicate the model in threads; or steps are to be
+            skipped under DeepSpeed.
     """
 
     loss_is_scaled_for_ga = True
@@ -68,6 +73,7 @@ class Trainer(transformers.Trainer):
         starts_at_reference: bool = True,
         impl: str = "auto",
         retell: Callable[[TreeCollator], Retold] | None = None,
+        nonfinite: Policy = "stop",
         **kwargs: Any,
     ) -> None:
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
@@ -96,6 +102,10 @@ class Trainer(transformers.Trainer):
         after = None if objective.state is None else partial(objective.state, config)
         self.context = context.Context(self.accelerator, after)
         self.add_callback(self.context)
+        if nonfinite == "skip" and self.is_deepspeed_enabled:
+            raise UserError("nonfinite = 'skip': DeepSpeed steps before anyone can look at the gradient; possible: stop, go_on")
+        self.nonfinite = NonFinite(self, nonfinite)
+        self.add_callback(self.nonfinite)
         if self.own is not None:
             self._keep(self.own)
         if reference is not None:
@@ -193,9 +203,26 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """All micro-batches of the next optimizer step, each with the step's context, and their global counts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        while 0 < len(batches) < num_batches:  # a stream ended: without a whole step its gradients would go into the next one
+            batches.append(self._empty_batch())
         batches = self.learned_from(batches)
         scalars = self.scalars(batches)
-        return [batch | scalars for batch in batches], self.counts(batches, device)
+        batches = [batch | scalars for batch in batches]
+        self.nonfinite.begin(batches)
+        return batches, self.counts(batches, device)
+
+    def _empty_batch(self) -> dict[str, Tensor]:
+        return {name: tensor.to(self.args.device) for name, tensor in self.data_collator([]).items()}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Every row of an epoch once, over all processes; see loading.py."""
+        return loader(self.train_dataset, self.data_collator, self.args, self.accelerator, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every row to evaluate on once, over all processes; `eval_dataset` as inherited."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        return loader(rows, self.data_collator, self.args, self.accelerator, training=False)
 
     def learned_from(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The micro-batches of a step as it learns from them: those of the data."""
@@ -232,6 +259,8 @@ class Trainer(transformers.Trainer):
         if model.training:
             self.context.remember(loss.remember)
         share = self._share(loss, counts) * self.accelerator.num_processes
+        if model.training:
+            self.nonfinite.look(share)
         return (share, statistics) if return_outputs else share
 
     def _share(self, loss: Loss, counts: Tensor) -> Tensor:
@@ -268,7 +297,7 @@ class Trainer(transformers.Trainer):
         while term is not None:
             logged[f"loss.{i}"], term, i = term.values.detach(), term.plus, i + 1
         self.eval_meter.add(logged)
-        return loss.values.detach().mean(), None, None
+        return loss.values.detach().sum(), None, None  # of this batch; the loss of the set is the meter's
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As inherited, but loss and metrics are exact global means over the set, whatever the batches."""

@@ -98,10 +98,11 @@ class TreeCollator:
             batch[f"row.{column}"] = torch.tensor([row[column] for row in rows])  # [rows]
         if self.reference is not None:
             asked = [(rows[owner]["prompt"], ids.tolist()) for owner, ids in zip(owners, completions, strict=True)]
+            asked = asked or [([], [])]
             found = [self.reference(prompt, ids) for prompt, ids in asked]
             for name in found[0]:
                 values = [one[name] for one in found]
-                assert [len(one) for one in values] == [len(ids) for ids in completions], f"{name} of another length"
+                assert [len(one) for one in values] == [len(ids) for _, ids in asked], f"{name} of another length"
                 batch[name] = torch.from_numpy(np.concatenate(values))  # [N] or [N, k]
         return batch
 
@@ -114,12 +115,14 @@ class TreeCollator:
         return [unit for unit in units if unit.branches]
 
     def _lay(self, units: list[_Unit], completions: list[np.ndarray]) -> Batch:
+        units = units or [_Unit(np.zeros(1, dtype=np.int64), [])]  # so that a model can read a batch without rows
         sizes = [len(unit) for unit in units]
         packed = pack(sizes, self.attention_scale) if self.layout == "tree" else [[number] for number in range(len(units))]
         longest = max(sum(sizes[number] for number in members) for members in packed)
         width = -(-longest // self.multiple) * self.multiple  # T
         ids, position, tree, branch = np.zeros((4, len(packed), width), dtype=np.int64)
-        gather: list[np.ndarray] = [np.empty(0)] * len(completions)
+        none = np.empty(0, dtype=np.int64)
+        gather: list[np.ndarray] = [none] * len(completions)
         for row, members in enumerate(packed):
             at = 0
             for number, unit in enumerate((units[member] for member in members), start=1):
@@ -136,13 +139,16 @@ class TreeCollator:
                     at += inner
                 tree[row, start:at] = number
         tensors = {"input_ids": ids, "position_ids": position, "tree": tree, "branch": branch}  # [R, T] each
-        tensors |= {"gather": np.concatenate(gather), "targets": np.concatenate(completions)}  # [N] each
+        tensors |= {"gather": np.concatenate([none, *gather]), "targets": np.concatenate([none, *completions])}  # [N] each
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
 
 
 @dataclass
 class Collator:
-    """Rows -> one batch: what is trained on and, under keys of their own, the completions that are read before a step."""
+    """Rows -> one batch: what is trained on and, under keys of their own, the completions that are read before a step.
+
+    Fillers (None) among the rows are left out. A batch without rows is one token that nothing is said of: N = 0.
+    """
 
     main: TreeCollator
     """Lays the trained roles."""
@@ -164,7 +170,8 @@ class Collator:
             if one is not None:
                 one.layout = layout
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Row | None]) -> Batch:
+        rows = [row for row in rows if row is not None]
         batch = self.main(rows)
         if self.early is not None:
             batch |= {f"early.{name}": tensor for name, tensor in self.early(rows).items()}
@@ -180,7 +187,9 @@ class Collator:
 
 def prompts_of(batch: Batch) -> list[list[int]]:
     """The prompts in a batch, one a tree; their order is that of the trees in it, not of the rows it was made from."""
-    found = []
+    found: list[list[int]] = []
+    if not len(batch["targets"]):
+        return found
     for ids, tree, branch in zip(batch["input_ids"], batch["tree"], batch["branch"], strict=True):
         found += [ids[(tree == number) & (branch == 0)].tolist() for number in range(1, int(tree.max()) + 1)]
     return found

@@ -107,6 +107,24 @@ def test_a_row_alone_has_the_value_it_has_among_others(objective: Objective) -> 
 
 
 @every_objective
+def test_a_process_may_have_no_rows(objective: Objective) -> None:
+    """Where an epoch's last rows do not reach everyone: the same metrics, no value, and a gradient of 0 for every parameter."""
+    config, own = objective.config(), own_of(objective, objective.config())
+    options = {"want": bound(objective.want(config), state_of(objective)), "own": own}
+    statistics = random_statistics(objective.family, rows=0, **options)
+    some = statistics_for(objective)
+    loss = objective(config, dataclasses.replace(statistics, context=some.context))
+    parameters = [*leaves(statistics), *([] if own is None else own.parameters())]
+    gradients = torch.autograd.grad(sum(term.values.sum() for term in terms(loss)), parameters, allow_unused=True)
+    assert all(term.values.shape == (0,) for term in terms(loss))
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+    assert any(gradient is not None for gradient in gradients)
+    for one, other in zip(terms(loss), terms(objective(config, some)), strict=True):
+        assert one.metrics.keys() == other.metrics.keys() and one.remember.keys() == other.remember.keys()
+        assert all(value.isfinite().all() for value in one.metrics.values())
+
+
+@every_objective
 def test_gradcheck(objective: Objective) -> None:
     """In the logits, through all statistics; what an objective detaches is a constant."""
     statistics, held = statistics_for(objective, rows=2), Held()
