@@ -38,6 +38,8 @@ def same(one: Trajectory, other: Trajectory, atol: float = EXACT, without: str =
     for step, (ours, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True)):
         ours, theirs = ({name: value for name, value in side.items() if name != without} for side in (ours, theirs))
         assert ours == pytest.approx(theirs, abs=atol, rel=atol), f"step {step}"
+    ours, theirs = ({f: v for f, v in side.evaluated.items() if f != f"eval_{without}"} for side in (one, other))
+    assert ours == pytest.approx(theirs, abs=atol, rel=atol)
     torch.testing.assert_close(one.parameters, other.parameters, rtol=0, atol=atol)
 
 

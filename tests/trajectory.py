@@ -1,14 +1,18 @@
 """A short training of a tiny random model, for any objective: what the invariants compare.
 
 As a program it trains every objective named on its command line in the processes that torchrun started, and writes the
-trajectories: `torchrun --nproc-per-node 2 trajectory.py FOLDER NAME...`.
+trajectories: `torchrun --nproc-per-node 2 trajectory.py FOLDER NAME...`. Under `accelerate launch` with DeepSpeed it trains
+with that. A name may end in what it varies: `tdpo/adapter`, `tdpo/tied`.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
-import sys
+import itertools
+import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, tiny
 from transformers import TrainingArguments
@@ -30,6 +36,7 @@ from posttrain.trainer import Trainer
 
 STEPS = 4
 ROWS_A_STEP = 4
+EVALUATED = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,9 @@ class Trajectory:
     metrics: list[dict[str, float]]
     """What the objective logged at each step."""
 
+    evaluated: dict[str, float]
+    """Loss and metrics of `EVALUATED` other rows at the end."""
+
     parameters: torch.Tensor
     """All parameters at the end, in one vector."""
 
@@ -86,7 +96,7 @@ def objective_named(name: str) -> Objective:
     return PROBE if name == PROBE.name else find(name)
 
 
-def rows_for(objective: Objective) -> Sequence[dict[str, Any]] | Mismatched:
+def rows_for(objective: Objective, count: int = STEPS * ROWS_A_STEP) -> Sequence[dict[str, Any]] | Mismatched:
     """Rows of one epoch: prompts of 2 to 9 tokens, one completion of 1 to 7 tokens a role, columns of zeros and ones."""
     generator = np.random.default_rng(0)
 
@@ -97,38 +107,38 @@ def rows_for(objective: Objective) -> Sequence[dict[str, Any]] | Mismatched:
         {"prompt": ids(2, 10)}
         | {role: [ids(1, 8)] for role in roles_of(objective.family)}
         | {column: int(generator.integers(2)) for column in columns_of(objective.family)}
-        for _ in range(STEPS * ROWS_A_STEP)
+        for _ in range(count)
     ]
     early = early_roles(objective)
     return Mismatched(rows, lenders([row["prompt"] for row in rows], 0, "rows"), early, 64) if early else rows
 
 
 @functools.cache
-def _model(seed: int) -> torch.nn.Module:
-    return tiny("llama", dtype=torch.float64, seed=seed)
+def _model(seed: int, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
+    return tiny("llama", dtype=dtype, seed=seed, tie_word_embeddings=tied)
 
 
-def _policy(peft: bool, apart: bool) -> torch.nn.Module:
+def _policy(peft: bool, apart: bool, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
     """The policy; an adapter starts as its base, unless `apart` (a student that equals its teacher learns nothing)."""
-    model = copy.deepcopy(_model(0))
+    model = copy.deepcopy(_model(0, dtype, tied))
     if peft:
         torch.manual_seed(0)
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=not apart)
         model = get_peft_model(model, lora)
-        model = model.to(torch.float64)
+        model = model.to(dtype)
     attach(model)
     return model
 
 
 def _reference(
-    kind: str, objective: Objective, folder: Path, peft: bool
+    kind: str, objective: Objective, folder: Path, peft: bool, dtype: torch.dtype, tied: bool
 ) -> FrozenModel | AdapterOff | CachedLogps | Teachers | None:
     """A reference other than the policy where the policy is trained in full, so that the first step tells something."""
     if not objective.reads_reference(objective.config()):
         return None
     if kind == "adapter":
         return Teachers([AdapterOff()], [1.0], VOCABULARY) if objective.reads_teacher else AdapterOff()
-    model = copy.deepcopy(_model(0 if peft else 1))
+    model = copy.deepcopy(_model(0 if peft else 1, dtype, tied))
     attach(model)
     if kind == "frozen":
         frozen = FrozenModel(model, "random")
@@ -149,9 +159,13 @@ def train(
     impl: str = "chunked",
     reference: str = "frozen",
     peft: bool = False,
+    tied: bool = False,
     resume: bool = False,
+    steps: int = STEPS,
+    rows: int = STEPS * ROWS_A_STEP,
+    dtype: torch.dtype = torch.float64,
 ) -> Trajectory:
-    """Train the objective `name` with its default settings for 4 optimizer steps of 4 rows, in float64.
+    """Train the objective `name` with its default settings.
 
     Args:
         name: the objective.
@@ -160,55 +174,113 @@ def train(
         layout, impl: of the trainer.
         reference: frozen, adapter or cached.
         peft: train a LoRA adapter on every linear layer, the reference being the base.
+        tied: output embeddings are the input embeddings.
         resume: continue from the checkpoint after step 2 that an earlier run left in `folder`.
+        steps, rows: optimizer steps, and rows of an epoch.
+        dtype: of the models.
     """
     objective = objective_named(name)
     args = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        max_steps=STEPS,
+        max_steps=steps,
         learning_rate=1e-2,
+        optim="adamw_torch",
         adam_epsilon=1e-3,  # so that a parameter without gradient does not move by the sign of a rounding error
         logging_steps=1,
         save_steps=2,
-        use_cpu=True,
+        save_strategy="steps" if steps == STEPS else "no",
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         seed=1,
+        **_joined(),
     )
     trainer = Trainer(
         objective=objective,
         config=objective.config(),
-        model=_policy(peft, objective.reads_teacher),
+        model=_policy(peft, objective.reads_teacher, dtype, tied),
         args=args,
-        reference=_reference(reference, objective, folder, peft),
+        reference=_reference(reference, objective, folder, peft, dtype, tied),
         layout=layout,
         starts_at_reference=peft and not objective.reads_teacher,
         impl=impl,
-        train_dataset=rows_for(objective),
+        train_dataset=rows_for(objective, rows),
     )
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = trainer.evaluate(rows_for(objective, EVALUATED))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     timed = ("tokens_per_second", "memory_gib")
     return Trajectory(
-        losses=[entry["loss"] for entry in steps],
-        metrics=[{key: value for key, value in entry.items() if key not in timed} for entry in steps],
-        parameters=torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]),
+        losses=[entry["loss"] for entry in logs],
+        metrics=[{key: value for key, value in entry.items() if key not in timed} for entry in logs],
+        evaluated={name: evaluated[name] for name in evaluated if not re.search("runtime|per_second|preparation|epoch", name)},
+        parameters=torch.cat([_whole(parameter).flatten() for parameter in trainer.model.parameters()]),
     )
 
 
-def main(folder: Path, names: list[str]) -> None:
+def _deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def _joined() -> dict[str, Any]:
+    """The arguments with which processes without accelerators find each other."""
+    if not _deepspeed():
+        return {"use_cpu": True}  # this would turn DeepSpeed off
+    AcceleratorState._reset_state()  # what DeepSpeed was told by the run before
+    PartialState(backend="gloo")
+    return {"accelerator_config": {"dispatch_batches": False, "use_configured_state": True}}
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy, gathered where ZeRO-3 cut it."""
+    if "ds_id" not in vars(parameter):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def varied(name: str) -> tuple[str, dict[str, Any]]:
+    """An objective and settings of `train` from `name` or `name/variant`."""
+    name, _, variant = name.partition("/")
+    return name, {"": {}, "adapter": {"peft": True, "reference": "adapter"}, "tied": {"tied": True}}[variant]
+
+
+def main() -> None:
     """Train each objective in these processes; the first writes its trajectory to `<folder>/<name>.pt`."""
-    for name in names:
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 2
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rows", type=int, default=STEPS * ROWS_A_STEP)
+    parser.add_argument("--batch", type=int, help="rows of a micro-batch; default: a step has one on each process")
+    parser.add_argument("--dtype", default="float64")
+    options = parser.parse_args()
+    world = int(os.environ["WORLD_SIZE"])
+    batch = options.batch or ROWS_A_STEP // world
+    for seed, tied in itertools.product((0, 1), (False, True)):
+        _model(seed, getattr(torch, options.dtype), tied)  # now: where ZeRO-3 is known of, transformers cuts what it makes
+    for name in options.names:
+        objective, settings = varied(name)
         with tempfile.TemporaryDirectory() as scratch:
-            trajectory = train(name, Path(scratch), batch=ROWS_A_STEP // world)
-        if torch.distributed.get_rank() == 0:
-            torch.save(vars(trajectory), folder / f"{name}.pt")
+            trajectory = train(
+                objective,
+                Path(scratch),
+                batch=batch,
+                accumulation=ROWS_A_STEP // world // batch,
+                steps=options.steps,
+                rows=options.rows,
+                dtype=getattr(torch, options.dtype),
+                **settings,
+            )
+        if os.environ["RANK"] == "0":
+            torch.save(vars(trajectory), options.folder / f"{name.replace('/', '-')}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main()
