@@ -93,21 +93,22 @@ class NonFinite(TrainerCallback):
             for parameter in trainer.model.parameters():
                 parameter.grad = None
             return
-        folder = self._save(step)
+        folder = Path(trainer.args.output_dir, f"nonfinite-step-{step}")
+        self._save(folder, None if loss else range(len(self._batches)))
         raise UserError(
             f"step {step}: the {what} is not finite; the batch is in {folder}, the last checkpoint is from before it "
             "(nonfinite: skip leaves such steps out, go_on takes them)"
         )
 
-    def _save(self, step: int) -> Path:
-        """Write this process's micro-batches; those whose loss is not finite, if there are some."""
-        folder = Path(self.trainer.args.output_dir, f"nonfinite-step-{step}")
-        finite = [bool(one) for one in self._finite]
-        chosen = [i for i, one in enumerate(finite) if not one] or range(len(self._batches))
+    def _save(self, folder: Path, chosen: Sequence[int] | None) -> None:
+        """Write micro-batches of this process; None: those whose loss is not finite."""
+        if chosen is None:
+            chosen = [i for i, finite in enumerate(self._finite) if not finite]
+        if not chosen:
+            return
         tensors = {f"{i}/{name}": t.cpu().clone() for i in chosen for name, t in self._batches[i].items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"process-{self.trainer.args.process_index}.safetensors")
-        return folder
 
 
 @contextlib.contextmanager

@@ -269,8 +269,11 @@ def settle(run: Run) -> tuple[Run, TrainingArguments]:
         train["bf16"] = (asked or bf16_available()) and not train.get("fp16") and (asked or not train.get("use_cpu"))
     if train["dataloader_pin_memory"] == WHERE_AVAILABLE:
         train["dataloader_pin_memory"] = torch.cuda.is_available() and not train.get("use_cpu")
+    if train.get("hub_token"):
+        os.environ["HF_TOKEN"] = train["hub_token"]  # rather than in the arguments: transformers writes these beside the model
+    ours = {"save_total_limit": None, "hub_token": None}  # checkpoints.py removes old checkpoints
     try:
-        args = TrainingArguments(**{**train, **_joined_on_cpu(train), "save_total_limit": None})  # checkpoints.py removes them
+        args = TrainingArguments(**{**train, **_joined_on_cpu(train), **ours})
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
     return dataclasses.replace(run, train=train), args
@@ -328,7 +331,7 @@ def _upload(prepared: Prepared) -> None:
     """Bring the finished folder, with our card in place of the one that transformers drafts, to the hub."""
     args = prepared.args
     if args.push_to_hub:
-        HfApi(token=args.hub_token).upload_folder(
+        HfApi(token=prepared.run.train.get("hub_token")).upload_folder(
             repo_id=prepared.trainer.hub_model_id,
             folder_path=args.output_dir,
             commit_message="End of training",
@@ -362,7 +365,14 @@ def header(prepared: Prepared) -> dict[str, str]:
         f"processes = {rows} rows a step",
         "memory": f"{memory.gib(sum(predicted.values()))} predicted on each device (posttrain check itemises)",
         "output": args.output_dir,
+        **({"remote code": f"that of {', '.join(trusted)} is run"} if (trusted := _trusted(run)) else {}),
     }
+
+
+def _trusted(run: Run) -> list[str]:
+    """The models whose own code is run (trust_remote_code)."""
+    teachers_too = [one.name for one in run.teacher.model] if run.teacher.trust_remote_code else []
+    return [*([run.model.name] if run.model.trust_remote_code else []), *teachers_too]
 
 
 def _closing(prepared: Prepared) -> dict[str, str]:

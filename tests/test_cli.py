@@ -418,12 +418,15 @@ def test_the_hub_gets_our_card(small: list[object], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", start)
     monkeypatch.setattr(transformers.Trainer, "push_to_hub", draft)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setenv("HF_TOKEN", "")
     hub = ["--train.push_to_hub", "--train.hub_model_id", "me/mine", "--train.hub_token", "secret"]
-    result = invoke(*small, *hub, "--train.save_strategy", "no")
+    result = invoke(*small, *hub, "--train.save_steps", 2, "--train.hub_strategy", "end")
     assert result.exit_code == 0, result.output
     assert sent["repo_id"] == "me/mine" and sent["card"].startswith("---\n") and "# mine\n" in sent["card"]
     assert 'from_pretrained("me/mine")' in sent["card"] and sent["token"] == "secret"
-    assert "secret" not in (tmp_path / "out" / "run.json").read_text() + sent["card"]
+    assert "secret" not in result.output + sent["card"]
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path.name for path in files if b"secret" in path.read_bytes()]
 
 
 # How it is launched
