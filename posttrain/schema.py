@@ -70,7 +70,7 @@ def _line(where: str, error: Any) -> str:
     cause = error.get("ctx", {}).get("error")
     if path and isinstance(cause, UserError):  # of settings within a setting, which says where itself
         return f"{where}.{cause}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, as in [a, b]")
     return f"{where}: {path} = {error['input']!r}: {message}" if path else f"{where}: {message}"
 
 

@@ -84,6 +84,7 @@ def test_asks_for_what_it_is_set_to() -> None:
     ("values", "message"),
     [
         ({"activations": ["mlps"]}, "'mlp', 'attention', 'residual' or 'logits'"),
+        ({"activations": "mlp"}, "activations = 'mlp': Input should be a list, as in [a, b]"),
         ({"activations": []}, "at least 1 item"),
         ({"beta": 0}, "beta = 0: Input should be greater than 0"),
     ],
