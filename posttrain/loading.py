@@ -15,6 +15,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import TrainingArguments
 
+from .sources import readable
+
 
 class Filled(Dataset):
     """A table of rows that also has a filler, under None."""
@@ -61,11 +63,16 @@ class Dealt(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         rows, whole = iter(self.rows), self.batch_size * self.processes
-        while block := list(itertools.islice(rows, whole)):
+        while block := self._next(rows, whole):
             if len(block) < whole and self.drop_last:
                 return
             mine = block[self.index * self.batch_size : (self.index + 1) * self.batch_size]
             yield from [*mine, *[None] * (self.batch_size - len(mine))]
+
+    @staticmethod
+    def _next(rows: Iterator[Any], count: int) -> list[Any]:
+        with readable("data: a stream broke off"):
+            return list(itertools.islice(rows, count))
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew."""

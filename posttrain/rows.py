@@ -12,7 +12,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from .encoding import Encoder, encoder, end_tokens
 from .layouts import detect
 from .schema import UserError
-from .sources import open_source
+from .sources import open_source, readable
 from .tally import KEPT, LENGTHS, MARKS, Report, Tally
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def _open(
     raw, split = open_source(source.name, subset=source.subset, split=source.split, streaming=config.streaming, where=where)
     if source.limit is not None:
         raw = raw.take(source.limit)
-    sample = list(raw.take(_SAMPLE))
+    with readable(where):
+        sample = list(raw.take(_SAMPLE))
     if not sample:
         raise UserError(f"{where}: the data set is empty")
     layout = detect(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -38,14 +40,8 @@ def open_source(
     if local and subset is not None:
         raise UserError(f"{where}: subset {subset!r} is for data sets of the hub; a local one has none")
     sliced = split is not None and not streaming and any(mark in split for mark in "[+")
-    try:
+    with readable(where):
         found = _read(path, name, local, subset, split if sliced else None, streaming, where)
-    except StopIteration:
-        raise UserError(f"{where}: the data set is empty") from None
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where}: {_reason(error)}") from None
     if isinstance(found, (DatasetDict, IterableDatasetDict)):
         split = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
         if split not in found:
@@ -53,6 +49,23 @@ def open_source(
             raise UserError(f"{where}: {got.rstrip('.')}; splits: {', '.join(found)}; name one with split")
         found = found[split]
     return found, split or "train"
+
+
+@contextlib.contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turn what a damaged or unreachable file makes of reading it into one line; streams are read while they are used.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        yield
+    except StopIteration:
+        raise UserError(f"{where}: the data set is empty") from None
+    except (OSError, EOFError, ValueError, DatasetGenerationError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: {_reason(error)}") from None
 
 
 def _read(path: Path, name: str, local: bool, subset: str | None, split: str | None, streaming: bool, where: str):

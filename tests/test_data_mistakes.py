@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from reading import Write, refused, said, user
+
+from posttrain.loading import Dealt
+from posttrain.schema import UserError
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 TALK = {"prompt": [user("a")], "chosen": [said("b")], "rejected": [said("c")]}
@@ -79,6 +85,34 @@ def test_data_that_cannot_be_read(tmp_path: Path, write: Write, tokenizer: Any) 
     (tmp_path / "rows.xls").write_text("x")
     assert "files of this kind are not read" in refused(tokenizer, name=f"{tmp_path}/rows.xls")
     assert "name is required" in refused(tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("damage", ["cut.parquet", "flipped.parquet", "cut.jsonl", "cut.jsonl.gz"])
+def test_a_damaged_file_is_one_line(tmp_path: Path, tokenizer: Any, damage: str, streaming: bool) -> None:
+    rows = Dataset.from_list([GOOD | {"prompt": f"a {number}"} for number in range(500)])
+    path = tmp_path / damage
+    if path.suffix == ".parquet":
+        rows.to_parquet(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if "cut" in damage else whole[:200] + bytes(60) + whole[260:])
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        packed = gzip.compress(text)
+        path.write_bytes(packed[: len(packed) // 2] if path.suffix == ".gz" else text[:-30])
+    line = refused(tokenizer, name=str(path), streaming=streaming)
+    assert line.startswith(f"data {path}: ") and "\n" not in line
+
+
+def test_a_stream_may_break_off_while_it_is_used() -> None:
+    def rows():
+        yield from ({"prompt": [1]}, {"prompt": [2]})
+        raise OSError("Corrupt snappy compressed data.")
+
+    stream = iter(Dealt(rows(), 2, 1, 0, drop_last=False))
+    assert [next(stream), next(stream)] == [{"prompt": [1]}, {"prompt": [2]}]
+    with pytest.raises(UserError, match="data: a stream broke off: Corrupt snappy compressed data"):
+        next(stream)
 
 
 def test_a_template_that_refuses_a_row(write: Write) -> None:
