@@ -113,6 +113,17 @@ def test_shards_resume_bitwise(command: list[str], tmp_path: Path, engine: str, 
     compare(kept, out)
 
 
+@pytest.mark.slow
+def test_another_number_of_processes_continues_with_a_word(command: list[str], tmp_path: Path) -> None:
+    """Of DDP, whose checkpoints are whole; DeepSpeed's shards are refused (test_checkpoints.py)."""
+    asked, out = [*command, "train.max_steps=4"], tmp_path / "out"
+    assert run([*asked, *two("ddp")]).returncode == 0
+    (out / "checkpoint-4" / MANIFEST).unlink()
+    done = run(asked)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-2 was written by 2 processes and is continued by 1" in done.stdout + done.stderr
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as one:
