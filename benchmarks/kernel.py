@@ -41,7 +41,7 @@ PEERS = {
     "ours": "posttrain_kernels",
     "eager": "posttrain_kernels, eager",
 }
-SHAPE = ("tokens", "hidden", "teacher_hidden", "vocab", "seconds", "threads")
+SHAPE = ("tokens", "hidden", "teacher_hidden", "vocab", "spread", "seconds", "threads")
 """Options that every measurement gets."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -173,7 +173,11 @@ def worker(options: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     form = {"dtype": getattr(torch, options.dtype), "device": "cuda" if cuda else "cpu"}
     x = torch.empty(options.tokens, options.hidden, **form).normal_().requires_grad_(options.case != "forward")
-    weight = torch.empty(options.vocab, options.hidden, **form).normal_(std=0.1).requires_grad_(options.case == "trained")
+    weight = (
+        torch.empty(options.vocab, options.hidden, **form)
+        .normal_(std=options.spread / options.hidden**0.5)
+        .requires_grad_(options.case == "trained")
+    )
     if options.statistic == "logp":
         values = peer_of_logp(options.peer)
         rest = [torch.randint(0, options.vocab, (options.tokens,), device=x.device)]
@@ -183,20 +187,19 @@ def worker(options: argparse.Namespace) -> None:
         width = options.teacher_hidden or options.hidden
         rest = [
             torch.empty(options.tokens, width, **form).normal_(),
-            torch.empty(options.vocab, width, **form).normal_(std=0.1),
+            torch.empty(options.vocab, width, **form).normal_(std=options.spread / width**0.5),
         ]
         upstream = torch.ones(options.tokens, device=x.device)
     leaves = [tensor for tensor in (x, weight) if tensor.requires_grad]
-    few = (x[:8].detach(), weight.detach(), rest[0][:8], *rest[1:])
-    values(*few)  # imports, thread pools
 
-    def call() -> tuple[Tensor, list[Tensor]]:
-        out = values(x, weight, *rest)
-        gradients = list(torch.autograd.grad(out, leaves, upstream.to(out.dtype))) if leaves else []
+    def call(n: int = options.tokens) -> tuple[Tensor, list[Tensor]]:
+        out = values(x[:n], weight, rest[0][:n], *rest[1:])
+        gradients = list(torch.autograd.grad(out, leaves, upstream[:n].to(out.dtype))) if leaves else []
         if cuda:
             torch.cuda.synchronize()
         return out.detach(), gradients
 
+    call(8)  # imports, thread pools
     before = torch.cuda.memory_allocated() if cuda else held()
     out, gradients = call()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -275,6 +278,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--teacher-hidden", type=int, default=0, help="0: as the student")
     parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--spread", type=float, default=2.4, help="standard deviation of the logits")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--peers", default=",".join(PEERS), help="the first is what ratios are taken to")

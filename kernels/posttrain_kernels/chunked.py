@@ -65,7 +65,8 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) ->
     kept = tokens(head.size + 8 * items, default["block"])
     kept = kept // rows * rows or kept
     chunk = tokens(temporaries * items, default["chunk"])
-    return Sizes(rows, pad, items, block, kept, chunk, whole=max(workspace // (max(whole, 1) * head.size * itemsize), 1))
+    beside = workspace // 4  # the logits of the block are kept, too
+    return Sizes(rows, pad, items, block, kept, chunk, whole=max(beside // (max(whole, 1) * head.size * itemsize), 1))
 
 
 _X = 2

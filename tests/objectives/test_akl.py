@@ -72,9 +72,9 @@ def test_heads_by_sorting(size: int, spread: float, mu: float, head: str) -> Non
 
 
 def test_some_heads_are_looked_at_further() -> None:
-    flat, peaked = logits(3, 300, 2, 0.1), logits(3, 300, 3, 8.0)
-    loss = run(logits(6, 300, 1, 1.0), torch.cat([flat[:1], peaked, flat[1:]]), AKLConfig(mu=0.5))
-    beyond = loss.metrics["head_size"] > module._LOOKED_AT
+    flat, peaked = logits(3, 3000, 2, 0.1), logits(3, 3000, 3, 8.0)
+    loss = run(logits(6, 3000, 1, 1.0), torch.cat([flat[:1], peaked, flat[1:]]), AKLConfig(mu=0.5))
+    beyond = loss.metrics["head_size"] > module._LOOKED_AT[1]
     assert beyond.tolist() == [True, False, False, False, True, True]
 
 

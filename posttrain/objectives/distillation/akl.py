@@ -27,8 +27,8 @@ from ...registry import objective
 from ...schema import NonNegative, OpenUnit
 from ...stats import Loss, Rowwise, Taught
 
-_LOOKED_AT = 64
-"""Likeliest items among which the head is looked for first; at mu = 0.5 almost every head is among them."""
+_LOOKED_AT = (64, 1024, 16384)
+"""Likeliest items among which the head is looked for, first these, then those; at mu = 0.5 almost every head is among 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def _head(p: torch.Tensor, gap: torch.Tensor, mu: float, released: bool) -> tupl
     """[n, V] teacher and gaps -> [n] each: the gaps in the head, the number of its items."""
     inside, size = torch.zeros_like(p[:, 0]), torch.zeros_like(p[:, 0])
     rows, items = torch.arange(len(p), device=p.device), p.shape[1]
-    for k in (min(_LOOKED_AT, items), items):
+    for k in (*(k for k in _LOOKED_AT if k < items), items):
         some, its = (p, gap) if len(rows) == len(p) else (p[rows], gap[rows])
         likeliest = some.topk(k).values
         mass = likeliest.cumsum(-1)
