@@ -147,7 +147,7 @@ def test_one_number_for_each_token() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_block_is_seen_in_pieces_that_fit(frozen: bool) -> None:
-    """What f holds, `temporaries` rows a token, fits a quarter of the workspace, whatever the number of tokens; it sees each once."""
+    """What f holds, `temporaries` rows a token, fits a quarter of the workspace for any number of tokens; it sees each once."""
     lengths = []
 
     def f(lp: Tensor, lq: Tensor, target: Tensor | None) -> Tensor:
