@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_CACHE"] = os.path.join(caches.name, "datasets")
     os.environ["POSTTRAIN_CACHE"] = os.path.join(caches.name, "posttrain")
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """What a command changes for its process is undone: what is logged, and the objectives that its `imports` registered."""
+    from posttrain.registry import OBJECTIVES
+
+    ours = [logging.getLogger(name) for name in ("posttrain", "posttrain_kernels")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in ours]
+    yield
+    for logger, (handlers, level, propagate) in zip(ours, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    logging.disable(logging.NOTSET)
+    if sys.modules.pop("spoiled", None) is not None:
+        OBJECTIVES.pop("spoiled", None)
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,9 @@ def _reference(
         frozen = FrozenModel(model, "random")
         return Teachers([frozen], [1.0], VOCABULARY) if objective.reads_teacher else frozen
     cache = CachedLogps(folder / "cache", "random", "random")
-    list(cache.fill(model, rows_for(objective), [*roles_of(objective.family), *early_roles(objective)], "tree", 4))
+    roles = [*roles_of(objective.family), *early_roles(objective)]
+    for rows in (rows_for(objective), rows_for(objective, EVALUATED)):
+        list(cache.fill(model, rows, roles, "tree", 4))
     cache.reload()
     return cache
 
