@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .schema import UserError, suggest
 
 if TYPE_CHECKING:
+    from .experience import Experience, Lesson
     from .stats import Learned, Want
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -73,6 +74,10 @@ class Objective:
     coupled: bool
     """Whether rows of one micro-batch affect each other's loss, so that it depends on how a batch is split."""
 
+    lesson: Callable[[Any, Experience], Lesson] | None
+    """`(config, experience) -> lesson`: what is learned from a round of rollouts. An objective with one is online: its data are
+    prompts, its completions are sampled."""
+
     document: str
     """The docstring of its module: equation, source, start value."""
 
@@ -100,6 +105,7 @@ def objective(
     watch: Callable[[Any, Mapping[str, float]], Sequence[str]] | None = None,
     any_tokenizer: bool = False,
     coupled: bool = False,
+    lesson: Callable[[Any, Experience], Lesson] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(config: SomeConfig, statistics: Family) -> Loss` as the objective of its name.
 
@@ -115,6 +121,7 @@ def objective(
         watch: warnings from the settings and the metrics of a log.
         any_tokenizer: its teacher may have a tokenizer of its own.
         coupled: rows of a micro-batch affect each other's loss.
+        lesson: what is learned from a round of rollouts, if it is an online objective.
 
     Raises:
         UserError: the name is taken.
@@ -144,6 +151,7 @@ def objective(
             watch=watch,
             any_tokenizer=any_tokenizer,
             coupled=coupled,
+            lesson=lesson,
             document=inspect.cleandoc(sys.modules[function.__module__].__doc__ or ""),
         )
         return function

@@ -292,9 +292,9 @@ def early_roles_of(family: type) -> dict[str, str]:
 
 
 def columns_of(family: type) -> list[str]:
-    """The numbers a family takes from each row of data: its fields annotated `Tensor`."""
+    """The numbers a family takes from each row of data: its fields annotated `Tensor`, but for those of each token."""
     hints = typing.get_type_hints(family)
-    return [field.name for field in dataclasses.fields(family) if hints[field.name] is torch.Tensor]
+    return [f.name for f in dataclasses.fields(family) if hints[f.name] is torch.Tensor and f.metadata.get("per") != "token"]
 
 
 @dataclass(frozen=True, kw_only=True)

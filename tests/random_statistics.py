@@ -11,6 +11,7 @@ import torch
 from rows import LAYERS, by_definition
 from torch.overrides import TorchFunctionMode
 
+from posttrain.experience import token_columns_of
 from posttrain.learned import Own
 from posttrain.mismatch import early_roles
 from posttrain.registry import Objective
@@ -98,7 +99,7 @@ def random_statistics(
     dtype: torch.dtype = torch.float64,
     early: Sequence[str] = (),
 ) -> Any:
-    """Statistics of `rows` rows: completions of 1 to 5 tokens (`Drawn`), columns of numbers.
+    """Statistics of `rows` rows: completions of 1 to 5 tokens (`Drawn`), columns of numbers of a row and of a token.
 
     With `early` those before a step: of completions these roles alone.
     """
@@ -118,7 +119,15 @@ def random_statistics(
         return (torch.randint(0, steps + 1, (rows,), generator=generator) / steps).to(dtype)
 
     there = {name: completions() for name in early or roles(family)}
-    return family(**dict.fromkeys(roles(family)) | there, **{name: column(name) for name in columns_of(family)})
+    def token_column(name: str) -> torch.Tensor:
+        (one,) = there.values()
+        noise = torch.randn(one.logps.numel(), generator=generator, dtype=torch.float64)
+        near = {"old_logps": one.logps.detach().double() + 0.1 * noise, "weights": (0.1 * noise).exp()}
+        return near.get(name, noise).to(dtype)
+
+    columns = {name: column(name) for name in columns_of(family)}
+    columns |= {name: token_column(name) for name in token_columns_of(family)}
+    return family(**dict.fromkeys(roles(family)) | there, **columns)
 
 
 def context_of(objective: Objective, statistics: Any, *, start: bool = False, **options: Any) -> Any:
@@ -160,10 +169,13 @@ def at_reference(statistics: Any) -> Any:
 def take(statistics: Any, order: Sequence[int]) -> Any:
     """The rows `order` of the statistics, their logits new leaves."""
 
-    def rows_of(one: Drawn) -> Drawn:
+    def tokens(one: Drawn) -> torch.Tensor:
         ends = one.lengths.cumsum(0).tolist()
         starts = [0, *ends[:-1]]
-        index = torch.tensor([t for row in order for t in range(starts[row], ends[row])])
+        return torch.tensor([t for row in order for t in range(starts[row], ends[row])])
+
+    def rows_of(one: Drawn) -> Drawn:
+        index = tokens(one)
         return one.replaced(
             policy=one.policy.detach()[index].requires_grad_(),
             reference=one.reference[index],
@@ -176,6 +188,7 @@ def take(statistics: Any, order: Sequence[int]) -> Any:
         statistics,
         **{name: rows_of(getattr(statistics, name)) for name in roles(family)},
         **{name: getattr(statistics, name)[list(order)] for name in columns_of(family)},
+        **{name: getattr(statistics, name)[tokens(statistics.completion)] for name in token_columns_of(family)},
     )
 
 

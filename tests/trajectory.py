@@ -69,6 +69,7 @@ PROBE = Objective(
     watch=None,
     any_tokenizer=False,
     coupled=False,
+    lesson=None,
     document="",
 )
 """Not registered: it tests the reduction, which the objectives of today may not exhaust."""
