@@ -10,7 +10,6 @@ Letters in shape comments: B completions, G after each prompt, prompt after prom
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

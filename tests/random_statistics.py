@@ -119,6 +119,7 @@ def random_statistics(
         return (torch.randint(0, steps + 1, (rows,), generator=generator) / steps).to(dtype)
 
     there = {name: completions() for name in early or roles(family)}
+
     def token_column(name: str) -> torch.Tensor:
         (one,) = there.values()
         noise = torch.randn(one.logps.numel(), generator=generator, dtype=torch.float64)
