@@ -32,7 +32,10 @@ class Sampled:
     """[N] the trainer's log-probs when the round was sampled."""
 
     weights: torch.Tensor = field(metadata={"per": "token"})
-    """[N] what corrects for an engine that samples otherwise than the trainer says; 1 where nothing does."""
+    """[N] what a token counts: it corrects for an engine that samples otherwise than the trainer says; 1 where nothing does."""
+
+    penalties: torch.Tensor = field(metadata={"per": "token"})
+    """[N] weight of |log policy - old log-prob|, which holds a token where it was; 0 where nothing does."""
 
     old_values: torch.Tensor = field(metadata={"per": "token"})
     """[N] the critic's values when the round was sampled; 0 without one."""
@@ -85,8 +88,9 @@ class Experience:
     reference_logps: torch.Tensor | None = None
     """[N] those of the reference; None where the objective reads none."""
 
-    values: torch.Tensor | None = None
-    """[N] the critic's values; None without one."""
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[N] each: what else the objective asked for in `want`, as it was when the round was sampled, and what its own parameters
+    say (a critic's `values`)."""
 
     context: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """As in `Pairs`."""

@@ -80,7 +80,7 @@ def attach(model: nn.Module) -> None:
         if statistics.lengths is None:
             return answer
         for number, said in enumerate(by_reference({**statistics.given, **answer}, len(statistics.refs))):
-            answer |= _numbered(self.objective(said, statistics.lengths), number)
+            answer |= _numbered(self.objective({"hidden": x, **said}, statistics.lengths), number)
         return answer
 
     lm.forward = MethodType(forward, lm)

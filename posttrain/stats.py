@@ -327,7 +327,7 @@ class Learned:
 
     statistics: Callable[[Any, Mapping[str, torch.Tensor], Completions], Mapping[str, torch.Tensor]]
     """(config, parameters, completions of one or several roles end to end) -> further statistics of their N tokens, [N] or
-    [N, k] each, by name."""
+    [N, k] each, by name. The completions have the policy's final hidden states, too, with gradient: `hidden` [N, H]."""
 
     learning_rate: Callable[[Any], float | None] = lambda _config: None
     """From the config; None is the run's."""

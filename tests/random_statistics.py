@@ -61,7 +61,7 @@ def drawn(
 ) -> Drawn:
     """The completions of these logits, their statistics by definition and then rounded to `dtype`."""
     exact = by_definition(policy, reference, targets, ["logp", "ref_logp", *want])
-    exact |= {} if own is None else own(exact, lengths)
+    exact |= {} if own is None else own({"hidden": policy, **exact}, lengths)
     more = {name: values.to(dtype) if values.is_floating_point() else values for name, values in exact.items()}
     logps, reference_logps = more.pop("logp"), more.pop("ref_logp")
     return Drawn(
