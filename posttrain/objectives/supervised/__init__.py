@@ -1,0 +1,1 @@
+"""Objectives on completions to be imitated as they are."""
