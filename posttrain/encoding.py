@@ -80,6 +80,11 @@ class Encoder:
         for row, index in zip(rows, indices, strict=True):
             numbers = self._numbers(row, index + 1)
             try:
+                if self.layout.kind == "ids":
+                    prompt, sides = self.layout.tokens(row, index + 1)
+                    out.append(numbers | self._fit(prompt, [prompt + side for side in sides]))
+                    examples.append(None)
+                    continue
                 example = self.layout.example(row, index + 1)
                 texts += self._render(example, index + 1)
                 examples.append(example)
@@ -126,10 +131,13 @@ class Encoder:
         return found
 
     def _row(self, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:
-        """Ids of the prompt and of prompt + completion -> the row, cut to length, or why it is left out."""
+        """Ids of the prompt and of prompt + completion, from text, -> the row; see `_fit`."""
         if not self.layout.chat:
             prompt, *full = (ids if ids[: len(self.lead)] == self.lead else [*self.lead, *ids] for ids in (prompt, *full))
-        full = [ids if self.ends.keys() & ids[-1:] else [*ids, self.tokenizer.eos_token_id] for ids in full]
+        return self._fit(prompt, [ids if self.ends.keys() & ids[-1:] else [*ids, self.tokenizer.eos_token_id] for ids in full])
+
+    def _fit(self, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:
+        """The row with these ids for prompt and prompt + completion, cut to length, or why it is left out."""
         at = common([prompt, *full])
         prompt, shift, sides = prompt[:at], len(prompt) - at, [ids[at:] for ids in full]
         longest = max((len(side) for side in sides), default=0)

@@ -65,7 +65,8 @@ class Layout:
     """How the rows of one data set are read."""
 
     kind: str
-    """`messages`, `transcript` (Human/Assistant turns in text), `request` (an instruction or question) or `text`."""
+    """`messages`, `transcript` (Human/Assistant turns in text), `request` (an instruction or question), `text`, or `ids`: prompt
+    and completions are tokens already, and stay as they are."""
 
     chat: bool
     """Whether examples are messages for the chat template, or plain text."""
@@ -94,6 +95,8 @@ class Layout:
         return "prompt" not in self.mapping
 
     def __str__(self) -> str:
+        if self.kind == "ids":
+            return "token ids, as they stand"
         prompt = "the common beginning" if self.implicit else "repeated in the completions" if self.repeated else "explicit"
         return f"{self.kind}, prompt {prompt}, {'chat template' if self.chat else 'plain text'}"
 
@@ -117,6 +120,17 @@ class Layout:
         elif system and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": system}, *prompt]
         return Example(prompt, sides, self._tools(row, number))
+
+    def tokens(self, row: Mapping[str, Any], number: int) -> tuple[list[int], list[list[int]]]:
+        """Prompt and completions of a row of token ids; arguments and errors as in `example`."""
+        found = {name: row[self.mapping[name]] for name in ("prompt", *self.roles)}
+        for name, ids in found.items():
+            if ids != [] and not _ids(ids):
+                where = f"{self.where}: row {number}: column {self.mapping[name]!r}"
+                raise UserError(f"{where} holds {kind_of(ids)}, expected a list of token ids")
+        if not all(found.values()):
+            raise Unusable("empty completion" if found["prompt"] else "empty prompt")
+        return found["prompt"], [found[role] for role in self.roles]
 
     def _chat(self, prompt: Text | None, sides: list[Text]) -> tuple[list[Message], list[Text]]:
         if self.kind == "transcript":
@@ -207,6 +221,10 @@ def detect(
     columns = columns or {}
     mapping = _map(list(sample[0]), roles, numbers, columns, where)
     names = [name for name in ("prompt", *roles) if name in mapping] or ["messages"]
+    if "prompt" in mapping and all(_ids(sample[0][mapping[name]]) for name in names):
+        if form != "auto" or system is not None:
+            raise UserError(f"{where}: rows of token ids are taken as they stand; drop data.format and data.system")
+        return Layout("ids", False, mapping, tuple(roles), tuple(numbers), where=where)
     no_template = "the tokenizer has no chat template; pass one with --model.chat_template <file>"
     if _shape(sample, mapping, names, where) == "messages":
         if form == "plain":
@@ -287,6 +305,10 @@ def _shape(sample: Sequence[Mapping[str, Any]], mapping: Mapping[str, str], name
             raise UserError(f"{where}: row 1: column {column!r} holds {kind_of(value)}, expected text or a list of messages")
         shapes.add("text" if isinstance(value, str) else "messages")
     return "messages" if "messages" in shapes else "text"
+
+
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int and one >= 0 for one in value)
 
 
 def label(value: Any) -> float | None:

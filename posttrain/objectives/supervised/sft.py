@@ -6,8 +6,8 @@
 ones. On the best of n completions that a policy samples itself (`posttrain iterate`) this is best-of-n distillation, or
 rejection sampling fine-tuning.
 
-Source: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv:2203.02155, section 3.5;
-on one's own best: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3.
+Source: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv:2203.02155; on one's
+own best: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3.
 Value at policy == reference: depends on the data.
 """
 
