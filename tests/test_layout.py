@@ -33,7 +33,7 @@ LAYERS = [
     {"loading", "rows", "encoding", "layouts", "conversations", "sources", "tally"},
     {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
-    {"divergences", "advantages", "importance", "kl", "token_weights", "risk", "nested"},
+    {"divergences", "selection", "advantages", "importance", "kl", "token_weights", "risk", "nested"},
     {"stats", "experience", "registry", "schema"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
