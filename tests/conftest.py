@@ -30,13 +30,17 @@ def as_it_was() -> Iterator[None]:
 
     ours = [logging.getLogger(name) for name in ("posttrain", "posttrain_kernels")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in ours]
+    known = set(OBJECTIVES)
     yield
     for logger, (handlers, level, propagate) in zip(ours, before, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
     logging.disable(logging.NOTSET)
-    if sys.modules.pop("spoiled", None) is not None:
-        OBJECTIVES.pop("spoiled", None)
+    for name in OBJECTIVES.keys() - known:
+        module = OBJECTIVES[name].function.__module__
+        if not module.startswith("posttrain."):
+            del OBJECTIVES[name]
+            sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="session")

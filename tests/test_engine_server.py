@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import JsonHandler, JsonServer, serving
 
 from posttrain.engines.client import EngineError
 from posttrain.engines.rollout import Rollout, derived
@@ -22,21 +20,15 @@ from posttrain.settings import SamplingConfig
 EOS = 2
 
 
-class Served(ThreadingHTTPServer):
+class Served(JsonServer):
     """A model whose completions are its prompt's last token, counted up from the weights' number, then the end token."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.label, self.weights, self.processed, self.development = "default", 0, True, True
         self.asked: list[tuple[str, Any]] = []
         self.trouble: list[Any] = []
         """What to do with the next completions in place of an answer: a status, `hang`, `drop` or `restart`."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.asked]
@@ -55,19 +47,8 @@ class Served(ThreadingHTTPServer):
         return {"choices": [dict(zip(names, one, strict=True)) for one in choices][::-1]}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Served
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        """Nothing."""
-
-    def answer(self, content: Any, status: int = 200) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def do_GET(self) -> None:
         server = self.server
@@ -80,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": {"message": "Not Found"}}, 404)
 
     def do_POST(self) -> None:
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
+        server, body = self.server, self.body()
         server.asked.append((self.path, body))
         if self.path == "/v1/completions":
             trouble = server.trouble.pop(0) if server.trouble else None
@@ -109,12 +90,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Served]:
-    served = Served()
-    thread = threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield served
-    served.shutdown()
-    served.server_close()
+    with serving(Served()) as served:
+        yield served
 
 
 @pytest.fixture(autouse=True)

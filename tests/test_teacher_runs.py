@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from serving import serving
 from test_teacher_server import Served
 from tiny import tiny_tokenizer
 from tiny_models import tiny
@@ -48,11 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Served]:
-    served = Served(AutoModelForCausalLM.from_pretrained(folder / "teacher"))
-    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
-    yield served
-    served.shutdown()
-    served.server_close()
+    with serving(Served(AutoModelForCausalLM.from_pretrained(folder / "teacher"))) as served:
+        yield served
 
 
 def settings(folder: Path, out: Path, *changes: str) -> list[str]:

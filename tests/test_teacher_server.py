@@ -7,18 +7,16 @@ position is null; at each other one the prompt's own token comes first, then the
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from serving import JsonHandler, JsonServer, serving
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
@@ -34,13 +32,11 @@ SIZE = len(TOKENIZER)
 K = 4
 
 
-class Served(ThreadingHTTPServer):
+class Served(JsonServer):
     """A tiny model behind the protocol, cut to the tokens of its tokenizer."""
 
-    daemon_threads = True
-
     def __init__(self, model: Any = None) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.model = model or tiny("llama", vocab_size=SIZE, seed=1)
         self.asked: list[tuple[str, Any, str | None]] = []
         self.trouble: list[Any] = []
@@ -48,10 +44,6 @@ class Served(ThreadingHTTPServer):
         self.dies_after: int | None = None
         self.max_logprobs, self.tokenizes, self.key = 20, True, None
         self.change: Any = lambda told: told
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def completions(self) -> int:
         return sum(path == "/v1/completions" for path, _, _ in self.asked)
@@ -79,19 +71,8 @@ class Served(ThreadingHTTPServer):
         return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Served
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        """Nothing."""
-
-    def answer(self, content: Any, status: int = 200) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def refused(self, body: Any) -> bool:
         """Count what is asked; True where the key is not right."""
@@ -109,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def do_POST(self) -> None:
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, body = self.server, self.body()
         if self.refused(body):
             return
         if self.path == "/tokenize" and server.tokenizes:
@@ -141,11 +122,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Served]:
-    served = Served()
-    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
-    yield served
-    served.shutdown()
-    served.server_close()
+    with serving(Served()) as served:
+        yield served
 
 
 @pytest.fixture(autouse=True)
