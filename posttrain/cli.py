@@ -190,8 +190,8 @@ def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> 
     For a distillation, ask its teacher for the likeliest items; runs with teacher.kind=cached or served read them.
     """
     run = _load("logps", words, launch, processes)
+    from .leave import leave
     from .precompute import precompute
-    from .run import leave
 
     precompute(run)
     leave()
@@ -233,13 +233,14 @@ def show(name: str | None, table: Path | None) -> None:
 
 def _train(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> None:
     run = _load(command, words, launch, processes)
-    from .run import Stopped, execute, leave
+    from .leave import leave
+    from .run import Stopped, execute
 
     try:
         execute(run)
     except Stopped as stopped:
         click.echo(f"posttrain: {stopped}", err=True)
-        leave()
+        leave(128 + signal.SIGTERM)
         sys.exit(128 + signal.SIGTERM)
     leave()
 

@@ -38,7 +38,7 @@ from .settings import RolloutsConfig
 from .stats import columns_of, roles_of
 from .trainer import Trainer
 
-__all__ = ["Prepared", "Run", "Stopped", "execute", "leave", "load_run", "prepare"]
+__all__ = ["Prepared", "Run", "Stopped", "execute", "load_run", "prepare"]
 
 _EXTRAS = {
     "wandb": "trackers",
@@ -174,13 +174,6 @@ def execute(run: Run) -> Prepared:
         console.show(_closing(prepared), title="saved")
         prepared.lock.release()
     return prepared
-
-
-def leave() -> None:
-    """End a program of several processes together: one that goes early closes its connections under those still at work."""
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()
 
 
 def _final_evaluation(prepared: Prepared) -> dict[str, float]:

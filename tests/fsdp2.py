@@ -18,6 +18,7 @@ from tiny_models import VOCABULARY, tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from posttrain.leave import leave
 from posttrain.models import Request, attach, model_inputs
 from posttrain.reference import FrozenModel
 from posttrain.trees import TreeCollator
@@ -81,7 +82,7 @@ def main() -> None:
             torch.testing.assert_close(found, expected[rank], rtol=1e-9, atol=1e-9)
         for (name, parameter), other in zip(sharded.named_parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad.full_tensor(), other.grad, rtol=1e-8, atol=1e-10, msg=name)
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

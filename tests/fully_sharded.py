@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from posttrain import learned
+from posttrain.leave import leave
 from posttrain.registry import find
 from posttrain.stats import Pairs
 
@@ -46,7 +47,7 @@ def main(folder: Path) -> None:
     learned.load(sharded, folder)
     for one, other in zip(sharded.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one.full_tensor(), other)
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LAYERS = [
     {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "selection", "advantages", "importance", "kl", "token_weights", "risk", "nested"},
-    {"stats", "experience", "registry", "schema"},
+    {"stats", "experience", "registry", "schema", "leave"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 

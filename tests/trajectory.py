@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, tiny
 from transformers import TrainingArguments
 
+from posttrain.leave import leave
 from posttrain.mismatch import Mismatched, early_roles, lenders
 from posttrain.models import attach
 from posttrain.reference import AdapterOff, CachedLogps, FrozenModel, Teachers
@@ -283,6 +284,7 @@ def main() -> None:
             )
         if os.environ["RANK"] == "0":
             torch.save(vars(trajectory), options.folder / f"{name.replace('/', '-')}.pt")
+    leave()
 
 
 if __name__ == "__main__":
