@@ -1,5 +1,5 @@
 # make quickstart   virtual environment, install, preference-train a real 135M model, print a before/after table
-# make test         virtual environment, install, run the tests (TESTS= runs the slow ones too)
+# make test         virtual environment, install, run the tests in two processes (TESTS= runs the slow ones too)
 # make test-vllm    virtual environment of its own, install vLLM for CPUs, run the tests that need it (minutes)
 # make lint         ruff, check and format
 
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= .venv-vllm
 TESTS ?= not slow
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PINNED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -18,7 +19,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m posttrain.quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "$(TESTS)"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "$(TESTS)"
 
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py
