@@ -22,9 +22,16 @@ _VERSIONS = ("torch", "transformers", "accelerate", "peft", "datasets")
 
 def usage(run: Run, folder: str) -> str:
     """One line of Python that loads the result."""
+    package, kind, more = _loader(run)
+    return f'{package}.{kind}.from_pretrained("{folder}"{more})'
+
+
+def _loader(run: Run) -> tuple[str, str, str]:
+    """What loads the result: a package, a class of it, and further arguments."""
+    task = "SequenceClassification" if run.objective.scores else "CausalLM"
     if run.model.peft is not None and not run.model.merge:
-        return f'peft.AutoPeftModelForCausalLM.from_pretrained("{folder}")'
-    return f'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
+        return "peft", f"AutoPeftModelFor{task}", ", num_labels=1" if run.objective.scores else ""
+    return "transformers", f"AutoModelFor{task}", ""
 
 
 def write(
@@ -75,7 +82,8 @@ def text(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str
 def _metadata(run: Run) -> dict[str, Any]:
     """What the hub reads; only hub ids can be named there."""
     adapter = run.model.peft is not None and not run.model.merge
-    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    task = "text-classification" if run.objective.scores else "text-generation"
+    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     if not _is_local(run.model.name):
         found["base_model"] = run.model.name
     sets = [name for name in (run.data.name, *(source.name for source in run.data.mixture)) if name and not _is_local(name)]
@@ -111,12 +119,9 @@ def _cell(value: Any) -> str:
 
 
 def _example(run: Run, where: str) -> str:
-    adapter = run.model.peft is not None and not run.model.merge
-    kind, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
-    same = kind.startswith("AutoModel")
+    package, kind, more = _loader(run)
     lines = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
-    if same:
-        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    return "\n".join(
-        [*lines, "", f'tokenizer = AutoTokenizer.from_pretrained("{where}")', f'model = {kind}.from_pretrained("{where}")']
-    )
+    if package == "transformers":
+        lines = [f"from transformers import {kind}, AutoTokenizer"]
+    lines += ["", f'tokenizer = AutoTokenizer.from_pretrained("{where}")', f'model = {kind}.from_pretrained("{where}"{more})']
+    return "\n".join(lines)

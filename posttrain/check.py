@@ -6,15 +6,17 @@ import dataclasses
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainingArguments
 
 from . import console, learned, memory, references, teacher_fill, teachers
 from .checkpoints import checkpoint_to_resume
 from .data import Loaded
-from .models import add_adapter, bf16_available, load_config, load_tokenizer, parameter_counts
+from .models import add_adapter, bf16_available, load_config, parameter_counts
 from .recipe import Run
 from .run import compared, load_data, quiet_libraries, require_extras, settle, tokens_in_common
 from .schema import UserError
+from .scoring import scorer_config
+from .trained import tokenizer_of
 from .trees import shareable
 
 
@@ -28,7 +30,7 @@ def check(run: Run) -> None:
     require_extras(run)
     teacher_fill.refuse(run)
     run, args = settle(run)
-    tokenizer = load_tokenizer(run.model)
+    tokenizer = tokenizer_of(run)
     loaded = load_data(run, args, tokenizer)
     model = outline(run)
     out = console.console()
@@ -46,11 +48,11 @@ def outline(run: Run) -> nn.Module:
     if dtype == "auto":
         dtype = "bfloat16" if run.model.peft is not None and bf16_available() else "float32"
     with torch.device("meta"):
-        config = load_config(run.model)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=vars(torch)[dtype], trust_remote_code=run.model.trust_remote_code
-        )
-        model = model if run.model.peft is None else add_adapter(model, run.model.peft)
+        kind, task, config = AutoModelForCausalLM, "CAUSAL_LM", load_config(run.model)
+        if run.objective.scores:
+            kind, task, config = AutoModelForSequenceClassification, "SEQ_CLS", scorer_config(run.model)
+        model = kind.from_config(config, dtype=vars(torch)[dtype], trust_remote_code=run.model.trust_remote_code)
+        model = model if run.model.peft is None else add_adapter(model, run.model.peft, task)
         reference = run.model if run.reference.model is None else dataclasses.replace(run.model, name=run.reference.model)
         learned.add(model, run.objective, run.config, load_config(reference), seed=0)
         return model

@@ -6,7 +6,7 @@ end token. Rows are detected (layouts.py), rendered and cut (encoding.py) once, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -46,8 +46,10 @@ def load(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     roles: Sequence[str],
-    columns: Sequence[str] = (),
+    columns: Sequence[str] | Mapping[str, float | None] = (),
     where: str = "data",
+    *,
+    ended: bool = True,
 ) -> Loaded:
     """Read, tokenise and count the rows of a run.
 
@@ -57,8 +59,9 @@ def load(
         config: the settings.
         tokenizer: with the chat template to use.
         roles: completions of a row: `("chosen", "rejected")`, `("completion",)`, or none for prompts alone.
-        columns: per-row numbers to carry along, such as `("label",)`.
+        columns: per-row numbers to carry along, such as `("label",)`; or name -> what it is where the data have no such column.
         where: the section of the recipe, for errors.
+        ended: completions end with an end token, as a policy has to learn it; otherwise texts are read as they stand.
 
     Raises:
         UserError: settings that exclude each other, data that cannot be read or do not fit, or no row left.
@@ -71,8 +74,9 @@ def load(
     sources = config.mixture or (Source(name=config.name, subset=config.subset, split=config.split),)
     sources = [replace(one, limit=one.limit or config.limit) for one in sources]
     asked = None if config.eval is None else replace(config.eval, name=config.eval.name or config.name)
-    of_rows = (PAIRED, ()) if config.unpair else (tuple(roles), tuple(columns))
-    train, evaluation, report = rows.load(config, sources, asked, tokenizer, *of_rows, where)
+    columns = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
+    of_rows = (PAIRED, {}) if config.unpair else (tuple(roles), columns)
+    train, evaluation, report = rows.load(config, sources, asked, tokenizer, *of_rows, where, ended=ended)
     if config.unpair:
         train, evaluation = rows.unpaired(train), None if evaluation is None else rows.unpaired(evaluation)
         report = replace(report, train_rows=report.train_rows and 2 * report.train_rows, eval_rows=2 * report.eval_rows)

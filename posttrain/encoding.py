@@ -67,6 +67,9 @@ class Encoder:
     special: frozenset[int]
     """All special tokens; a truncated prompt keeps those it begins with."""
 
+    ended: bool
+    """A completion ends with an end token, added where it has none; otherwise it stays as it is rendered."""
+
     code: str
     """Digest of the code: `datasets` keys its cache by a function's name, not by what it does."""
 
@@ -109,7 +112,8 @@ class Encoder:
             full = [self._template(example.prompt + side, example, number) for side in example.completions]
         else:
             prompt, full = example.prompt, [example.prompt + side for side in example.completions]
-        return [prompt, *(text.rstrip() if text.rstrip().endswith(tuple(self.ends.values())) else text for text in full)]
+        ends = tuple(self.ends.values()) if self.ended else ()
+        return [prompt, *(text.rstrip() if text.rstrip().endswith(ends) else text for text in full)]
 
     def _template(self, messages: list[Message], example: Example, number: int, **more: Any) -> str:
         from jinja2 import TemplateError
@@ -121,9 +125,9 @@ class Encoder:
 
     def _numbers(self, row: Mapping[str, Any], number: int) -> dict[str, float]:
         found = {}
-        for name in self.layout.numbers:
-            column = self.layout.mapping[name]
-            got = row[column]
+        for name, absent in self.layout.numbers.items():
+            column = self.layout.mapping.get(name)
+            got = absent if column is None else row[column]
             read, expected = _LABEL if name == "label" else _NUMBER
             if read(got) is None:
                 raise UserError(f"{self.layout.where}: row {number}: column {column!r} holds {got!r}, expected {expected}")
@@ -134,7 +138,9 @@ class Encoder:
         """Ids of the prompt and of prompt + completion, from text, -> the row; see `_fit`."""
         if not self.layout.chat:
             prompt, *full = (ids if ids[: len(self.lead)] == self.lead else [*self.lead, *ids] for ids in (prompt, *full))
-        return self._fit(prompt, [ids if self.ends.keys() & ids[-1:] else [*ids, self.tokenizer.eos_token_id] for ids in full])
+        if self.ended:
+            full = [ids if self.ends.keys() & ids[-1:] else [*ids, self.tokenizer.eos_token_id] for ids in full]
+        return self._fit(prompt, full)
 
     def _fit(self, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:
         """The row with these ids for prompt and prompt + completion, cut to length, or why it is left out."""
@@ -152,6 +158,8 @@ class Encoder:
         lead = next((at for at, token in enumerate(prompt) if token not in self.special), len(prompt))
         if not prompt:
             return row | {"outcome": "empty prompt"}
+        if not all(sides):
+            return row | {"outcome": "empty completion"}
         if shift > _LARGEST_SHIFT:
             return row | {"outcome": "prompt rendered in another way with its answer"}
         if row["identical"] and not self.keep_identical:
@@ -172,6 +180,7 @@ def encoder(
     max_prompt: int | None = None,
     truncate: bool = False,
     keep_identical: bool = False,
+    ended: bool = True,
 ) -> Encoder:
     """The encoder of one data set; see the fields of `Encoder`.
 
@@ -191,6 +200,7 @@ def encoder(
         lead=next(full[:at] for at in range(len(full) + 1) if full[at : at + len(bare)] == bare),
         ends=end_tokens(tokenizer),
         special=frozenset(tokenizer.all_special_ids) | end_tokens(tokenizer).keys(),
+        ended=ended,
         code=hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in _CODE)).hexdigest(),
     )
 

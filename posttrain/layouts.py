@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .conversations import (
@@ -77,8 +77,8 @@ class Layout:
     roles: tuple[str, ...]
     """Completions of a row, in order."""
 
-    numbers: tuple[str, ...] = ()
-    """Per-row numbers to carry along (a label, a score)."""
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
+    """Per-row numbers to carry along (a label, a score) -> what they are where `mapping` has no column for them."""
 
     repeated: bool = False
     """The completions' text begins with the prompt's text."""
@@ -194,7 +194,7 @@ def detect(
     sample: Sequence[Mapping[str, Any]],
     roles: Sequence[str],
     *,
-    numbers: Sequence[str] = (),
+    numbers: Mapping[str, float | None] | None = None,
     columns: Mapping[str, str] | None = None,
     form: str = "auto",
     template: bool = True,
@@ -207,7 +207,7 @@ def detect(
     Args:
         sample: rows as dicts, at least one.
         roles: completions that a row must have.
-        numbers: columns of numbers that a row must have.
+        numbers: columns of numbers -> what they are where there is no such column; None where a row must have it.
         columns: overrides, what a column is for -> its name.
         form: `auto`, `chat` or `plain`.
         template: whether the tokenizer has a chat template.
@@ -218,7 +218,7 @@ def detect(
     Raises:
         UserError: a column is missing or of the wrong type, or messages meet a tokenizer without a chat template.
     """
-    columns = columns or {}
+    columns, numbers = columns or {}, numbers or {}
     mapping = _map(list(sample[0]), roles, numbers, columns, where)
     names = [name for name in ("prompt", *roles) if name in mapping] or ["messages"]
     if "prompt" in mapping and all(_ids(sample[0][mapping[name]]) for name in names):
@@ -235,7 +235,7 @@ def detect(
             raise UserError(
                 f"{where}: column {mapping[names[-1]]!r} holds messages and {no_template}, or use an instruction-tuned model"
             )
-        return Layout("messages", True, mapping, tuple(roles), tuple(numbers), False, system, where)
+        return Layout("messages", True, mapping, tuple(roles), numbers, False, system, where)
     texts = [[row[mapping[name]] for name in names] for row in sample]
     texts = [row for row in texts if all(isinstance(text, str) for text in row)]
     rendered = all(any(marker in text for text in row for marker in markers) for row in texts)
@@ -252,13 +252,14 @@ def detect(
         raise UserError(f"{where}: data.format = 'chat' needs a prompt column; columns: {', '.join(sample[0])}")
     able = template and not rendered and (explicit or kind == "transcript")
     chat = form == "chat" or (form == "auto" and able)
-    return Layout(kind, chat, mapping, tuple(roles), tuple(numbers), repeated, system, where)
+    return Layout(kind, chat, mapping, tuple(roles), numbers, repeated, system, where)
 
 
 def _map(
-    have: list[str], roles: Sequence[str], numbers: Sequence[str], columns: Mapping[str, str], where: str
+    have: list[str], roles: Sequence[str], numbers: Mapping[str, float | None], columns: Mapping[str, str], where: str
 ) -> dict[str, str]:
-    wanted = {"prompt": False, **dict.fromkeys((*roles, *numbers), True), "system": False, "tools": False, "messages": False}
+    wanted = {"prompt": False, **dict.fromkeys(roles, True), **{name: absent is None for name, absent in numbers.items()}}
+    wanted |= dict.fromkeys(("system", "tools", "messages"), False)
     possible = ["prompt", "input", *list(wanted)[1:]]
     for name, column in columns.items():
         if name not in possible:

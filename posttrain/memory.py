@@ -77,6 +77,9 @@ class Shape:
     states: bool = False
     """The states of the reference's layers are kept; it is taken to be as large as the policy."""
 
+    vocabulary: bool = True
+    """Log-probs are taken over the vocabulary."""
+
     adam: bool = True
     """The optimizer keeps two moments."""
 
@@ -121,6 +124,7 @@ def shape(
         frozen_reference=kind == "frozen",
         teacher_bytes=teacher_bytes,
         states=States() in run.objective.want(run.config),
+        vocabulary=not run.objective.scores,
         adam="adam" in args.optim.lower(),
         shards=args.world_size,
         sharded=_sharded(),
@@ -158,7 +162,7 @@ def predict(of: Shape) -> dict[str, float]:
         "teachers": of.teacher_bytes / weights_over,
         "activations": inputs + layer if of.checkpointing else layer * of.layers,
         "states": of.tokens * of.layers * of.hidden * (of.compute_bytes + 4) * of.states,
-        "vocabulary": _WORKSPACE + of.tokens * of.hidden * of.compute_bytes,
+        "vocabulary": (_WORKSPACE + of.tokens * of.hidden * of.compute_bytes) * of.vocabulary,
     }
 
 

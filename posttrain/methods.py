@@ -60,7 +60,7 @@ def _start(document: str) -> str:
 
 def _needs(objective: registry.Objective) -> str:
     """What an objective with default settings takes beyond the policy's log-probs of pairs."""
-    columns = [f"`{name}`" for name in columns_of(objective.family)]
+    columns = [f"`{name}`" for name, absent in columns_of(objective.family).items() if absent is None]
     config = objective.config()
     inside = [one for one in objective.want(config) if isinstance(one, Inside)]
     wanted = [f"`{_statistic(one)}`" for one in objective.want(config) if one not in inside]

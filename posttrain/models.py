@@ -153,6 +153,11 @@ def _head_modules(lm: PreTrainedModel) -> list[nn.Module]:
         raise UserError(
             f"model: {type(lm).__name__} has no output head (get_output_embeddings); a causal language model is needed"
         )
+    return owners(module)
+
+
+def owners(module: nn.Module) -> list[nn.Module]:
+    """The modules behind one that PEFT may have wrapped: itself, or the original and its trained copies (modules_to_save)."""
     children = dict(module.named_children())
     if "modules_to_save" in children:
         return [children["original_module"], *children["modules_to_save"].values()]
@@ -239,10 +244,24 @@ def load_model(settings: ModelConfig, *, low_precision: bool = False, where: str
     Raises:
         UserError: no such folder or hub repository, or not a causal language model.
     """
+    config = load_config(settings, where)
+    return read_weights(AutoModelForCausalLM, settings, config, low_precision=low_precision, where=where)[0]
+
+
+def read_weights(
+    kind: Any, settings: ModelConfig, config: Any, *, low_precision: bool, where: str = "model"
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of a kind (an Auto class of transformers), else as `load_model`, and the parameters that it was not given.
+
+    Args:
+        config: the model's configuration, as it is to be.
+
+    Raises:
+        UserError: as `load_model`.
+    """
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if low_precision and bf16_available() else "float32"
-    config = load_config(settings, where)
     attention = settings.attention
     if attention is None and config.get_text_config().to_dict().get("attn_logit_softcapping"):
         attention = "eager"  # sdpa leaves the soft-cap of the attention scores out without a word
@@ -250,19 +269,20 @@ def load_model(settings: ModelConfig, *, low_precision: bool = False, where: str
     logging.disable_progress_bar()
     try:
         with readable(f"{where}.name", settings.name):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = kind.from_pretrained(
                 settings.name,
                 config=config,
                 revision=settings.revision,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
             )
     finally:
         if progress:
             logging.enable_progress_bar()
     model.config.use_cache = False
-    return model
+    return model, sorted(found["missing_keys"])
 
 
 def load_policy(settings: ModelConfig) -> nn.Module:
@@ -278,8 +298,8 @@ def load_policy(settings: ModelConfig) -> nn.Module:
     return model
 
 
-def add_adapter(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
-    """A model under a new PEFT adapter.
+def add_adapter(model: PreTrainedModel, values: dict[str, Any], task: str = "CAUSAL_LM") -> nn.Module:
+    """A model under a new PEFT adapter for a task of PEFT's.
 
     Raises:
         UserError: settings that PEFT refuses.
@@ -287,7 +307,7 @@ def add_adapter(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
     from peft import get_peft_config, get_peft_model
 
     try:
-        config = get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear", **values})
+        config = get_peft_config({"peft_type": "LORA", "task_type": task, "target_modules": "all-linear", **values})
         return get_peft_model(model, config)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"model.peft: {' '.join(str(error).split())}") from None

@@ -91,6 +91,13 @@ class Objective:
 
         return issubclass(self.family, Taught)
 
+    @property
+    def scores(self) -> bool:
+        """Whether what it trains scores completions: a sequence classification model with one output, no language model."""
+        from .scores import Scored
+
+        return issubclass(self.family, Scored)
+
 
 def objective(
     *,

@@ -73,12 +73,14 @@ def load(
     asked: Source | None,
     tokenizer: PreTrainedTokenizerBase,
     roles: tuple[str, ...],
-    columns: tuple[str, ...],
+    columns: Mapping[str, float | None],
     where: str,
+    *,
+    ended: bool = True,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None, Report]:
     """Rows to train on, rows to evaluate on, and the report; see `data.load`."""
-    parts = [_open(config, one, tokenizer, roles, columns, where) for one in sources]
-    other = None if asked is None else _open(config, asked, tokenizer, roles, columns, f"{where}.eval")
+    parts = [_open(config, one, tokenizer, roles, columns, where, ended=ended) for one in sources]
+    other = None if asked is None else _open(config, asked, tokenizer, roles, columns, f"{where}.eval", ended=ended)
     if other and other.tally.name in [part.tally.name for part in parts]:
         raise UserError(f"{where}.eval: {other.tally.name} is trained on; give another split, or use eval_size")
     weights = [one.weight for one in sources]
@@ -92,8 +94,10 @@ def _open(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     roles: tuple[str, ...],
-    columns: tuple[str, ...],
+    columns: Mapping[str, float | None],
     where: str,
+    *,
+    ended: bool,
 ) -> Opened:
     where = f"{where} {source.name}"
     raw, split = open_source(source.name, subset=source.subset, split=source.split, streaming=config.streaming, where=where)
@@ -121,6 +125,7 @@ def _open(
         max_prompt=config.max_prompt,
         truncate=config.too_long == "truncate_prompt",
         keep_identical=config.identical == "keep",
+        ended=ended,
     )
     ids = List(Value("int32"))
     features = Features(

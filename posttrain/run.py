@@ -29,13 +29,14 @@ from .engines.rollout import Engine
 from .faults import writing
 from .foreign import Retold
 from .mismatch import early_roles, with_mismatches
-from .models import bf16_available, dtypes, load_config, load_model, load_policy, load_tokenizer, parameter_counts
+from .models import bf16_available, dtypes, load_config, parameter_counts
 from .online import OnlineTrainer
 from .recipe import Run, load_run
 from .records import Records
 from .schema import UserError
 from .settings import RolloutsConfig
 from .stats import columns_of, roles_of
+from .trained import base_of, model_of, tokenizer_of
 from .trainer import Trainer
 
 __all__ = ["Prepared", "Run", "Stopped", "execute", "load_run", "prepare"]
@@ -96,12 +97,12 @@ def prepare(run: Run) -> Prepared:
     checkpoint = checkpoint_to_resume(run)
     if checkpoint is not None:
         refuse_other_processes(Path(checkpoint), args)
-    tokenizer = load_tokenizer(run.model)
+    tokenizer = tokenizer_of(run)
     loaded = load_data(run, args, tokenizer)
     references.refuse_other_tokenizer(run, tokenizer)
     other = teachers.other_tokenizer(run, tokenizer)
     common = tokens_in_common(run, tokenizer, loaded) if other is None else None
-    model = load_policy(run.model)
+    model = model_of(run, tokenizer)
     if run.objective.reads_teacher and run.teacher.kind in teacher_fill.KINDS:
         reference = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
     else:
@@ -193,7 +194,7 @@ def load_data(run: Run, args: TrainingArguments, tokenizer: PreTrainedTokenizerB
     """
     roles, columns = roles_of(run.objective.family), columns_of(run.objective.family)
     with args.main_process_first(desc="tokenise"):
-        loaded = data.load(run.data, tokenizer, roles, columns)
+        loaded = data.load(run.data, tokenizer, roles, columns, ended=not run.objective.scores)
     if run.data.streaming and args.max_steps <= 0:
         raise UserError("train: max_steps is required with data.streaming, whose end nobody knows")
     positions = load_config(run.model).get_text_config().to_dict().get("max_position_embeddings")
@@ -314,7 +315,7 @@ def export(prepared: Prepared) -> None:
     if trainer.is_world_process_zero():
         from peft import PeftModel
 
-        base = load_model(dataclasses.replace(run.model, peft=None), low_precision=True)
+        base = base_of(run, prepared.tokenizer)
         PeftModel.from_pretrained(base, output / "adapter").merge_and_unload().save_pretrained(output)
         prepared.tokenizer.save_pretrained(output)
     PartialState().wait_for_everyone()

@@ -44,14 +44,16 @@ class SelfCheck(TrainerCallback):
         trainer = self.trainer
         rows = list(itertools.islice(iter(trainer.train_dataset), _ROWS))
         with trainer.compute_loss_context_manager():
-            layout, error = choose_layout(trainer.model, rows, trainer.roles, trainer.layout, trainer.impl)
+            scores = trainer.objective.scores
+            layout, error = choose_layout(trainer.model, rows, trainer.roles, trainer.layout, trainer.impl, scores=scores)
             for teacher in trainer.reference.models if trainer.objective.reads_teacher else ():
                 retold = trainer.data_collator.retold
                 theirs = rows if retold is None else [retold.row(row) for row in rows]
                 layout, beside = choose_layout(teacher, theirs, trainer.roles, _at_most(layout, trainer.layout), trainer.impl)
                 error = max(error, beside)
             trainer.data_collator.layout = layout
-            self.report = {"layout": layout, "log-probs": f"within {error:.1e} nats of the model's own logits"}
+            found = {"scores": f"within {error:.1e} of the model's own"} if scores else {}
+            self.report = {"layout": layout, **(found or {"log-probs": f"within {error:.1e} nats of the model's own logits"})}
             if state.global_step == 0 and trainer.reads_reference:
                 with torch.no_grad(), evaluating(trainer.model):
                     self._start(rows[:2])
@@ -101,37 +103,45 @@ def _at_reference(statistics: Any) -> Any:
 
 
 def choose_layout(
-    model: nn.Module, rows: Sequence[dict[str, Any]], roles: Sequence[str], setting: str = "auto", impl: str = "auto"
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    roles: Sequence[str],
+    setting: str = "auto",
+    impl: str = "auto",
+    *,
+    scores: bool = False,
 ) -> tuple[str, float]:
-    """The layout to use, and by how many nats its log-probs differ from the model's own logits.
+    """The layout to use, and by how many nats its log-probs differ from the model's own logits, or its scores from its own.
 
     Args:
         model: the policy, on its device, statistics attached.
         rows: some rows of data; one is compared, a short one.
         setting: `auto`, `tree` or `separate`.
+        scores: the model scores completions.
 
     Raises:
-        UserError: `tree` was asked for and is not exact; or the log-probs are wrong in every layout.
+        UserError: `tree` was asked for and is not exact; or the log-probs or scores are wrong in every layout.
     """
+    own, ours, what = (_own_scores, _our_scores, "scores") if scores else (_own_logps, _our_logps, "log-probs")
     row = _telling(model, rows, roles)
     reason, allowed = shareable(model), tolerance(model)
     with torch.no_grad(), evaluating(model):
-        truth = _own_logps(model, row, roles)
+        truth = own(model, row, roles)
         errors = {}
         for layout in ("tree", "separate"):
             if layout == "tree" and (setting == "separate" or reason):
                 continue
-            errors[layout] = (_our_logps(model, row, roles, layout, impl) - truth).abs().max().item()
+            errors[layout] = (ours(model, row, roles, layout, impl) - truth).abs().max().item()
             if errors[layout] <= allowed:
                 break
     if "tree" in errors and errors["tree"] > allowed:
-        reason = f"sharing a prompt gives log-probs {errors['tree']:.3g} nats off (allowed {allowed:.3g})"
+        reason = f"sharing a prompt gives {what} {errors['tree']:.3g} off (allowed {allowed:.3g})"
     if setting == "tree" and reason:
         raise UserError(f"layout: tree is not exact for this model because {reason}; use auto or separate")
     layout, error = list(errors.items())[-1]
     if error > allowed:
         raise UserError(
-            f"self-check: log-probs differ from the model's own logits by {error:.3g} nats (allowed {allowed:.3g}): "
+            f"self-check: {what} differ from the model's own by {error:.3g} (allowed {allowed:.3g}): "
             f"the output head of {type(causal_lm(model)).__name__} is not understood"
         )
     if setting == "auto" and layout == "separate":
@@ -171,3 +181,30 @@ def _own_logps(model: nn.Module, row: dict[str, Any], roles: Sequence[str]) -> T
         logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1].float()  # [T, V]
         out.append(logits.log_softmax(-1).gather(1, ids[0, len(row["prompt"]) :, None])[:, 0])
     return torch.cat(out)
+
+
+def _our_scores(model: nn.Module, row: dict[str, Any], roles: Sequence[str], layout: str, impl: str) -> Tensor:
+    """[B, 1 + H] scores of a row's completions as training computes them, and the directions of the states they are read from
+    (a new output is 0 and says nothing of these)."""
+    device = next(model.parameters()).device
+    collator = TreeCollator(roles=roles, layout=layout, whole=True)
+    batch = {name: tensor.to(device) for name, tensor in collator([row]).items()}
+    inputs = model_inputs(model, batch, layout)
+    request = Request(gather=batch["gather"], targets=batch["targets"], want=("score",), impl=impl)
+    hidden = model(**inputs, statistics=dataclasses.replace(request, want=()))["hidden"]
+    return _beside(model(**inputs, statistics=request)["score"], hidden)
+
+
+def _own_scores(model: nn.Module, row: dict[str, Any], roles: Sequence[str]) -> Tensor:
+    """[B, 1 + H] the same from the model's own output, one plain sequence at a time."""
+    device = next(model.parameters()).device
+    out = []
+    for completion in (c for role in roles for c in row[role]):
+        ids = torch.tensor([[*row["prompt"], *completion]], device=device)
+        said = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        out.append(_beside(said.logits[:, 0], said.hidden_states[-1][:, -1]))
+    return torch.cat(out)
+
+
+def _beside(scores: Tensor, hidden: Tensor) -> Tensor:
+    return torch.cat([scores.float()[:, None], nn.functional.normalize(hidden.float(), dim=-1)], dim=1)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from .scores import Scores
+
 
 def wide(values: torch.Tensor) -> torch.Tensor:
     """The same in float32 or better: what sums and losses are computed in."""
@@ -144,8 +146,7 @@ Inside = States | Activations
 """What is read inside of the reference, for which neither log-probs nor an output head do."""
 
 Want = str | Sum | Rowwise | Top | Ranked | Costs | Spans | Inside
-"""What an objective asks for beyond log-probs: a statistic of the kernel or a divergence of divergences.py, by name, or one of
-the above."""
+"""What an objective asks for beyond log-probs: a statistic of the kernel or a divergence, by name, or one of the above."""
 
 
 def bound(want: Sequence[Want], context: Mapping[str, torch.Tensor]) -> list[Want]:
@@ -276,9 +277,9 @@ class Taught:
 
 
 def roles_of(family: type) -> list[str]:
-    """The completions a family holds: its fields annotated `Completions`, in order."""
+    """The completions a family holds: its fields annotated `Completions` or `Scores`, in order."""
     hints = typing.get_type_hints(family)
-    return [field.name for field in dataclasses.fields(family) if hints[field.name] is Completions]
+    return [field.name for field in dataclasses.fields(family) if hints[field.name] in (Completions, Scores)]
 
 
 def early_roles_of(family: type) -> dict[str, str]:
@@ -291,10 +292,12 @@ def early_roles_of(family: type) -> dict[str, str]:
     return {f.name: f.metadata["of"] for f in dataclasses.fields(family) if hints[f.name] == Completions | None}
 
 
-def columns_of(family: type) -> list[str]:
-    """The numbers a family takes from each row of data: its fields annotated `Tensor`, but for those of each token."""
+def columns_of(family: type) -> dict[str, float | None]:
+    """The numbers a family takes from each row of data: its fields annotated `Tensor`, but for those of each token. Name ->
+    what it is where the data have no such column (`absent` in the field's metadata); None where they have to have it."""
     hints = typing.get_type_hints(family)
-    return [f.name for f in dataclasses.fields(family) if hints[f.name] is torch.Tensor and f.metadata.get("per") != "token"]
+    numbers = [f for f in dataclasses.fields(family) if hints[f.name] is torch.Tensor and f.metadata.get("per") != "token"]
+    return {f.name: f.metadata.get("absent") for f in numbers}
 
 
 @dataclass(frozen=True, kw_only=True)

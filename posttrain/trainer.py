@@ -31,6 +31,7 @@ from .models import Request, by_reference, causal_lm, evaluating, model_inputs
 from .reference import AdapterOff, CachedLogps, FrozenModel, Teachers, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
+from .scores import Scores
 from .selfcheck import SelfCheck
 from .stats import Completions, Inside, Loss, bound, columns_of, roles_of
 from .teacher_cache import CachedTeacher
@@ -45,7 +46,7 @@ class Trainer(transformers.Trainer):
 
     Args:
         objective, config: the method and its settings.
-        model: a causal LM with statistics attached (models.load_policy).
+        model: a causal LM with statistics attached (models.load_policy), or a model that scores (scoring.load_scorer).
         reference: where reference log-probs come from, or who teaches; None for an objective that reads neither.
         layout: `tree`, `separate`, or `auto` (tree where the first rows give the same log-probs both ways).
         starts_at_reference: whether policy and reference are equal before training, which is then checked.
@@ -81,7 +82,7 @@ class Trainer(transformers.Trainer):
         self.early_roles = [*early_roles(objective), *objective.before_reads]
         want = objective.want(config)
         self.inside = tuple(entry for entry in want if isinstance(entry, Inside))
-        self.want = ("logp", *(entry for entry in want if entry not in self.inside))
+        self.want = ("score",) if objective.scores else ("logp", *(entry for entry in want if entry not in self.inside))
         self.reads_reference = objective.reads_reference(config)
         self.needs_reference_head = objective.reads_teacher or reads_vocabulary(objective, config)
         assert not (self.needs_reference_head and isinstance(reference, CachedLogps)), "references.kind_of refuses this"
@@ -127,7 +128,8 @@ class Trainer(transformers.Trainer):
         layout = "tree" if self.layout == "auto" else self.layout
         lookup = self.reference.lookup if isinstance(self.reference, CachedLogps | CachedTeacher) else None
         scale = attention_scale(self.model_config)
-        main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale)
+        whole = self.objective.scores
+        main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale, whole=whole)
         early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None
         retold = None if self.retell is None else self.retell(dataclasses.replace(main, columns=()))
         return Collator(main, early, retold)
@@ -175,9 +177,14 @@ class Trainer(transformers.Trainer):
         answer = self.reference.answer(inner, batch, layout, dataclasses.replace(request, want=("logp",)))
         return dataclasses.replace(request, given={"ref_logp": answer["logp"]})
 
-    def _completions(self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor]) -> dict[str, Completions]:
-        """The statistics of each role, cut from those of all tokens."""
+    def _completions(
+        self, roles: Sequence[str], batch: dict[str, Tensor], answer: dict[str, Tensor]
+    ) -> dict[str, Completions | Scores]:
+        """The statistics of each role, cut from those of all tokens, or from the scores of all completions."""
         lengths = [batch[f"lengths.{role}"] for role in roles]
+        if self.objective.scores:
+            scores = answer["score"].split([len(one) for one in lengths])
+            return {role: Scores(values=scores[i], lengths=lengths[i]) for i, role in enumerate(roles)}
         sizes = [int(n.sum()) for n in lengths]
         nothing = (None,) * len(sizes)
         parts = {name: values.split(sizes) for name, values in answer.items()}
@@ -273,9 +280,10 @@ class Trainer(transformers.Trainer):
         logged = dict(loss.metrics)
         completions = {role: vars(statistics)[role] for role in self.roles}
         for role, one in completions.items():
-            logged[f"logps/{role}"] = one.logp.detach()
+            if isinstance(one, Completions):
+                logged[f"logps/{role}"] = one.logp.detach()
+                logged |= {name: values for name, values in one.more.items() if name.startswith(DROPPED)}
             logged[f"length/{role}"] = one.lengths.float()
-            logged |= {name: values for name, values in one.more.items() if name.startswith(DROPPED)}
         if self.reads_reference and not self.objective.reads_teacher:
             d = torch.cat([one.logratios.detach() for one in completions.values()])
             logged["kl"] = torch.expm1(-d) + d

@@ -42,10 +42,10 @@ class _Unit:
     """[P] ids."""
 
     branches: list[tuple[int, np.ndarray]]
-    """Number of the completion in the batch and its ids, in the order in which they are laid."""
+    """Number of the completion in the batch and its ids as far as they are read, in the order in which they are laid."""
 
     def __len__(self) -> int:
-        return len(self.prompt) + sum(len(completion) - 1 for _, completion in self.branches)
+        return len(self.prompt) + sum(len(ids) for _, ids in self.branches)
 
 
 @dataclass
@@ -80,6 +80,10 @@ class TreeCollator:
     attention_scale: float = 2048.0
     """Row length at which attention takes as long as the rest of the model; the function of this name estimates it."""
 
+    whole: bool = False
+    """For a model that scores completions: they are read through their last token, and `gather` and `targets`, [N] with N the
+    number of completions, are the place of that token and the token."""
+
     multiple: int = 1
     """Row lengths are rounded up to a multiple of this (8 suits the memory-efficient kernels of a GPU)."""
 
@@ -107,10 +111,11 @@ class TreeCollator:
         return batch
 
     def _units(self, prompts: list[np.ndarray], owners: list[int], completions: list[np.ndarray]) -> list[_Unit]:
+        read = enumerate(ids if self.whole else ids[:-1] for ids in completions)
         if self.layout == "separate":
-            return [_Unit(prompts[owner], [one]) for owner, one in zip(owners, enumerate(completions), strict=True)]
+            return [_Unit(prompts[owner], [one]) for owner, one in zip(owners, read, strict=True)]
         units = [_Unit(prompt, []) for prompt in prompts]
-        for owner, one in zip(owners, enumerate(completions), strict=True):
+        for owner, one in zip(owners, read, strict=True):
             units[owner].branches.append(one)
         return [unit for unit in units if unit.branches]
 
@@ -130,16 +135,18 @@ class TreeCollator:
                 ids[row, at : at + size] = unit.prompt
                 position[row, at : at + size] = np.arange(size)
                 at += size
-                for label, (slot, completion) in enumerate(unit.branches, start=1):
-                    inner = len(completion) - 1
-                    ids[row, at : at + inner] = completion[:-1]
+                for label, (slot, read) in enumerate(unit.branches, start=1):
+                    inner = len(read)
+                    ids[row, at : at + inner] = read
                     position[row, at : at + inner] = np.arange(size, size + inner)
                     branch[row, at : at + inner] = label
-                    gather[slot] = row * width + np.concatenate(([start + size - 1], np.arange(at, at + inner)))
+                    places = np.concatenate(([start + size - 1], np.arange(at, at + inner)))
+                    gather[slot] = row * width + (places[-1:] if self.whole else places)
                     at += inner
                 tree[row, start:at] = number
         tensors = {"input_ids": ids, "position_ids": position, "tree": tree, "branch": branch}  # [R, T] each
-        tensors |= {"gather": np.concatenate([none, *gather]), "targets": np.concatenate([none, *completions])}  # [N] each
+        targets = [ids[-1:] for ids in completions] if self.whole else completions
+        tensors |= {"gather": np.concatenate([none, *gather]), "targets": np.concatenate([none, *targets])}  # [N] each
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
 
 

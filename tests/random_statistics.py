@@ -15,6 +15,7 @@ from posttrain.experience import token_columns_of
 from posttrain.learned import Own
 from posttrain.mismatch import early_roles
 from posttrain.registry import Objective
+from posttrain.scores import Scored, Scores
 from posttrain.stats import Completions, Loss, Sizes, Want, columns_of
 from posttrain.stats import roles_of as roles
 
@@ -47,6 +48,19 @@ class Drawn(Completions):
         """The completions of other logits, targets or lengths."""
         same = {name: getattr(self, name) for name in ("policy", "reference", "targets", "lengths", "want", "own")}
         return drawn(**{**same, **changes}, dtype=self.logps.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnScores(Scores):
+    """Random scores."""
+
+    policy: torch.Tensor
+    """[B] float64: a leaf with gradient."""
+
+    def replaced(self, *, policy: torch.Tensor, lengths: torch.Tensor | None = None) -> DrawnScores:
+        """Other scores, of completions of other lengths."""
+        lengths = self.lengths if lengths is None else lengths
+        return DrawnScores(policy=policy, values=policy.to(self.values.dtype), lengths=lengths)
 
 
 def drawn(
@@ -105,8 +119,11 @@ def random_statistics(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def completions() -> Drawn:
+    def completions() -> Drawn | DrawnScores:
         lengths = torch.randint(1, 6, (rows,), generator=generator)
+        if issubclass(family, Scored):
+            scores = torch.randn(rows, generator=generator, dtype=torch.float64).requires_grad_()
+            return DrawnScores(policy=scores, values=scores.to(dtype), lengths=lengths)
         n = int(lengths.sum())
         logits = lambda: torch.randn(n, VOCABULARY, generator=generator, dtype=torch.float64)  # noqa: E731
         targets = torch.randint(VOCABULARY, (n,), generator=generator)
@@ -156,14 +173,16 @@ def state_of(objective: Objective) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
 
-def each(statistics: Any, change: Callable[[Completions], Completions]) -> Any:
+def each(statistics: Any, change: Callable[[Any], Any]) -> Any:
     """The same statistics with every role's completions changed."""
-    there = {name: one for name, one in vars(statistics).items() if isinstance(one, Completions)}
+    there = {name: one for name, one in vars(statistics).items() if isinstance(one, Completions | Scores)}
     return dataclasses.replace(statistics, **{role: change(one) for role, one in there.items()})
 
 
 def at_reference(statistics: Any) -> Any:
-    """The statistics where the policy equals the reference."""
+    """The statistics where the policy equals the reference; scores have none."""
+    if isinstance(statistics, Scored):
+        return statistics
     return each(statistics, lambda one: one.replaced(policy=one.reference.clone().requires_grad_()))
 
 
@@ -175,7 +194,10 @@ def take(statistics: Any, order: Sequence[int]) -> Any:
         starts = [0, *ends[:-1]]
         return torch.tensor([t for row in order for t in range(starts[row], ends[row])])
 
-    def rows_of(one: Drawn) -> Drawn:
+    def rows_of(one: Drawn | DrawnScores) -> Drawn | DrawnScores:
+        if isinstance(one, DrawnScores):
+            chosen = one.policy.detach()[list(order)].requires_grad_()
+            return one.replaced(policy=chosen, lengths=one.lengths[list(order)])
         index = tokens(one)
         return one.replaced(
             policy=one.policy.detach()[index].requires_grad_(),
@@ -194,7 +216,7 @@ def take(statistics: Any, order: Sequence[int]) -> Any:
 
 
 def leaves(statistics: Any) -> list[torch.Tensor]:
-    """The policy's logits of every role."""
+    """The policy's logits, or the scores, of every role."""
     return [getattr(statistics, role).policy for role in roles(type(statistics))]
 
 

@@ -26,6 +26,7 @@ from random_statistics import (
 
 from posttrain.registry import Objective, find, names
 from posttrain.schema import fields
+from posttrain.scores import Scores
 from posttrain.stats import bound
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,8 @@ def test_bfloat16_statistics_are_summed_in_float32(objective: Objective) -> None
     high = statistics_for(objective, dtype=torch.bfloat16)
 
     def widened(completions):
+        if isinstance(completions, Scores):
+            return dataclasses.replace(completions, values=completions.values.double())
         more = {name: v.double() if v.is_floating_point() else v for name, v in completions.more.items()}
         logps, reference_logps = completions.logps.double(), completions.reference_logps.double()
         return dataclasses.replace(completions, logps=logps, reference_logps=reference_logps, more=more)
@@ -101,7 +104,7 @@ def test_a_row_alone_has_the_value_it_has_among_others(objective: Objective) -> 
         expected = torch.autograd.grad(own.sum(), leaves(alone))
         rest = torch.autograd.grad(value.sum(), leaves(statistics), retain_graph=True)
         for role, gradient, whole in zip(roles(objective.family), expected, rest, strict=True):
-            split = whole.split(getattr(statistics, role).lengths.tolist())
+            split = whole.split(1 if objective.scores else getattr(statistics, role).lengths.tolist())
             torch.testing.assert_close(split[row], gradient, rtol=0, atol=1e-12)
             assert all(part.abs().max() == 0 for other, part in enumerate(split) if other != row)
 
@@ -155,6 +158,8 @@ def test_start_value(objective: Objective) -> None:
 
 @every_objective
 def test_reads_the_reference_iff_declared(objective: Objective) -> None:
+    if objective.scores:
+        pytest.skip("scores have no reference")
     statistics, config = statistics_for(objective), objective.config()
     values = [term.values for term in terms(objective(config, statistics))]
     moved = each(statistics, lambda role: dataclasses.replace(role, reference_logps=role.reference_logps - role.position))
@@ -188,6 +193,9 @@ def test_does_not_write_to_its_statistics(objective: Objective) -> None:
     objective(objective.config(), statistics)
     for role in roles(objective.family):
         one, other = getattr(statistics, role), getattr(same, role)
+        if objective.scores:
+            assert torch.equal(one.values, other.values)
+            continue
         assert torch.equal(one.logps, other.logps) and torch.equal(one.reference_logps, other.reference_logps)
         assert all(torch.equal(values, other.more[name]) for name, values in one.more.items())
 

@@ -29,12 +29,14 @@ LAYERS = [
     {"selfcheck"},
     {"teacher_cache", "teacher_server"},
     {"reference", "engines", "rewards", "learned", "foreign", "faults"},
+    {"trained"},
+    {"scoring"},
     {"models", "data"},
     {"loading", "rows", "encoding", "layouts", "conversations", "sources", "tally"},
     {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "selection", "advantages", "importance", "kl", "token_weights", "risk", "nested"},
-    {"stats", "experience", "registry", "schema", "leave"},
+    {"stats", "scores", "experience", "registry", "schema", "leave"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
@@ -196,7 +198,7 @@ METHODLESS = [
 @pytest.mark.parametrize("path", METHODLESS, ids=lambda path: path.name)
 def test_no_method_is_named_outside_its_file(path: Path) -> None:
     words = set(re.findall(r"[a-z0-9]+", path.read_text().lower()))
-    assert not words & set(names())
+    assert not words & (set(names()) - {"reward"})  # which is a word, too
 
 
 @pytest.mark.parametrize(

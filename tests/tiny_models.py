@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 101
@@ -71,7 +71,12 @@ WINDOWED = ["qwen2_sliding", "gemma2", "gemma3", "mistral", "smollm3"]
 
 
 def tiny(
-    name: str, attention: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
+    name: str,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scores: bool = False,
+    **settings: Any,
 ) -> PreTrainedModel:
     """A random model of the architecture `name` (a key of MODELS), the same for the same seed.
 
@@ -80,11 +85,13 @@ def tiny(
         attention: sdpa, eager, ...; None leaves it to the model.
         dtype: of the parameters.
         seed: of the initialisation.
+        scores: with one output that scores a text, in place of a vocabulary.
         settings: further settings of the configuration, over those of MODELS.
     """
     kind, common = MODELS[name]
-    config = CONFIG_MAPPING[kind](**(common | settings))
+    config = CONFIG_MAPPING[kind](**(common | settings | ({"num_labels": 1} if scores else {})))
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
     return model.eval()

@@ -32,6 +32,7 @@ from posttrain.mismatch import Mismatched, early_roles, lenders
 from posttrain.models import attach
 from posttrain.reference import AdapterOff, CachedLogps, FrozenModel, Teachers
 from posttrain.registry import Objective, find
+from posttrain.scoring import attach_scores
 from posttrain.stats import Loss, Pairs, columns_of, roles_of
 from posttrain.trainer import Trainer
 
@@ -116,19 +117,20 @@ def rows_for(objective: Objective, count: int = STEPS * ROWS_A_STEP) -> Sequence
 
 
 @functools.cache
-def _model(seed: int, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
-    return tiny("llama", dtype=dtype, seed=seed, tie_word_embeddings=tied)
+def _model(seed: int, dtype: torch.dtype, tied: bool, scores: bool = False) -> torch.nn.Module:
+    return tiny("llama", dtype=dtype, seed=seed, scores=scores, tie_word_embeddings=tied)
 
 
-def _policy(peft: bool, apart: bool, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
-    """The policy; an adapter starts as its base, unless `apart` (a student that equals its teacher learns nothing)."""
-    model = copy.deepcopy(_model(0, dtype, tied))
+def _policy(objective: Objective, peft: bool, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
+    """The policy; an adapter starts as its base, unless that is its teacher, of whom it would learn nothing."""
+    model = copy.deepcopy(_model(0, dtype, tied, objective.scores))
     if peft:
         torch.manual_seed(0)
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=not apart)
+        task = "SEQ_CLS" if objective.scores else "CAUSAL_LM"
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type=task, init_lora_weights=not objective.reads_teacher)
         model = get_peft_model(model, lora)
         model = model.to(dtype)
-    attach(model)
+    (attach_scores if objective.scores else attach)(model)
     return model
 
 
@@ -206,7 +208,7 @@ def train(
     trainer = Trainer(
         objective=objective,
         config=objective.config(),
-        model=_policy(peft, objective.reads_teacher, dtype, tied),
+        model=_policy(objective, peft, dtype, tied),
         args=args,
         reference=_reference(reference, objective, folder, peft, dtype, tied),
         layout=layout,
@@ -267,8 +269,10 @@ def main() -> None:
     options = parser.parse_args()
     world = int(os.environ["WORLD_SIZE"])
     batch = options.batch or ROWS_A_STEP // world
-    for seed, tied in itertools.product((0, 1), (False, True)):
-        _model(seed, getattr(torch, options.dtype), tied)  # now: where ZeRO-3 is known of, transformers cuts what it makes
+    for seed, tied, scores in itertools.product((0, 1), (False, True), (False, True)):
+        _model(
+            seed, getattr(torch, options.dtype), tied, scores
+        )  # now: where ZeRO-3 is known of, transformers cuts what it makes
     for name in options.names:
         objective, settings = varied(name)
         with tempfile.TemporaryDirectory() as scratch:

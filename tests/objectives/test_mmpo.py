@@ -62,7 +62,7 @@ def test_ends(scores: tuple[float, float]) -> None:
 
 def test_takes_its_scores_from_the_rows() -> None:
     assert roles_of(ScoredPairs) == ["chosen", "rejected"]
-    assert columns_of(ScoredPairs) == ["score_chosen", "score_rejected"]
+    assert list(columns_of(ScoredPairs)) == ["score_chosen", "score_rejected"]
     assert find("mmpo").family is ScoredPairs
 
 

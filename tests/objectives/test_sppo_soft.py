@@ -48,7 +48,7 @@ def test_certain_wins_are_sppo() -> None:
 
 def test_takes_its_probabilities_from_the_rows() -> None:
     assert roles_of(PairsWithWins) == ["chosen", "rejected"]
-    assert columns_of(PairsWithWins) == ["chosen_win", "rejected_win"]
+    assert list(columns_of(PairsWithWins)) == ["chosen_win", "rejected_win"]
     assert find("sppo_soft").family is PairsWithWins
 
 

@@ -1,0 +1,1 @@
+"""Reward models: what scores completions, learned from preferences."""
