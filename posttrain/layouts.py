@@ -65,8 +65,8 @@ class Layout:
     """How the rows of one data set are read."""
 
     kind: str
-    """`messages`, `transcript` (Human/Assistant turns in text), `request` (an instruction or question), `text`, or `ids`: prompt
-    and completions are tokens already, and stay as they are."""
+    """`messages`, `transcript` (Human/Assistant turns in text), `request` (an instruction or question), `text`, or `ids`:
+    prompt and completions are tokens already, and stay as they are."""
 
     chat: bool
     """Whether examples are messages for the chat template, or plain text."""
@@ -224,7 +224,7 @@ def detect(
     if "prompt" in mapping and all(_ids(sample[0][mapping[name]]) for name in names):
         if form != "auto" or system is not None:
             raise UserError(f"{where}: rows of token ids are taken as they stand; drop data.format and data.system")
-        return Layout("ids", False, mapping, tuple(roles), tuple(numbers), where=where)
+        return Layout("ids", False, mapping, tuple(roles), numbers, where=where)
     no_template = "the tokenizer has no chat template; pass one with --model.chat_template <file>"
     if _shape(sample, mapping, names, where) == "messages":
         if form == "plain":
