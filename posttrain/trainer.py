@@ -50,7 +50,7 @@ class Trainer(transformers.Trainer):
         reference: where reference log-probs come from, or who teaches; None for an objective that reads neither.
         layout: `tree`, `separate`, or `auto` (tree where the first rows give the same log-probs both ways).
         starts_at_reference: whether policy and reference are equal before training, which is then checked.
-        impl: implementation of the kernel (`auto`, `dense`, `chunked`).
+        impl: implementation of the kernel (`auto`, `dense`, `chunked`, `fused`).
         retell: makes the collator of a teacher that has another tokenizer from the student's.
         nonfinite: what to do about a loss or gradient that is not finite; faults.py.
         kwargs: those of `transformers.Trainer`.

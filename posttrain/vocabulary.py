@@ -140,7 +140,8 @@ def _entry(want: Want) -> kernels.Want:
     if want in KERNEL_STATISTICS:
         return want
     entry = divergence(want)
-    return kernels.Separable(want, entry.summand, entry.slope)
+    name, _, parameter = want.partition(":")
+    return kernels.Separable(want, entry.summand, entry.slope, formula=(name, float(parameter or 0)))
 
 
 def _temperature(want: Want) -> float:

@@ -67,14 +67,16 @@ def ids(n: int = N, high: int = V, k: int | None = None, seed: int = 8) -> Tenso
     return drawn
 
 
-def cast(head: Head, dtype: torch.dtype, *, x: bool = True, weight: bool = True) -> tuple[Head, list[Tensor]]:
+def cast(
+    head: Head, dtype: torch.dtype, *, x: bool = True, weight: bool = True, device: str = "cpu"
+) -> tuple[Head, list[Tensor]]:
     """A copy whose tensors are leaves of `dtype`, and those of them that want gradients: hidden states, weights or both."""
 
     def leaf(tensor: Tensor | None, grad: bool) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_(grad)
+        return None if tensor is None else tensor.detach().to(device, dtype).clone().requires_grad_(grad)
 
     extra = tuple((leaf(a, x), leaf(b, weight)) for a, b in head.extra)
-    temperature = head.temperature.to(dtype) if isinstance(head.temperature, Tensor) else head.temperature
+    temperature = head.temperature.to(device, dtype) if isinstance(head.temperature, Tensor) else head.temperature
     made = dataclasses.replace(
         head,
         x=leaf(head.x, x),
@@ -90,7 +92,7 @@ def cast(head: Head, dtype: torch.dtype, *, x: bool = True, weight: bool = True)
 def values_and_gradients(head: Head, leaves: list[Tensor], want: list, **arguments) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Statistics, and gradients of a random combination of them."""
     out = head_stats(head, want, **arguments)
-    parts = [(v.double() * normal(*v.shape, seed=i)).sum() for i, v in enumerate(out.values()) if v.requires_grad]
+    parts = [(v.double() * normal(*v.shape, seed=i).to(v.device)).sum() for i, v in enumerate(out.values()) if v.requires_grad]
     gradients = torch.autograd.grad(sum(parts), leaves) if leaves else []
     return {name: value.detach() for name, value in out.items()}, list(gradients)
 
@@ -103,6 +105,8 @@ def assert_equal_to_dense(
     workspace: int | None = None,
     ref: Head,
     eager: str | None = None,
+    impl: str = "chunked",
+    device: str = "cpu",
     **needs: bool,
 ) -> None:
     arguments = {
@@ -111,18 +115,17 @@ def assert_equal_to_dense(
     }
     exact, leaves = cast(head, torch.float64, **needs)
     truth, slopes = values_and_gradients(exact, leaves, want, impl="dense", ref=ref, **arguments)
-    ours, leaves = cast(head, dtype, **needs)
-    got, gradients = values_and_gradients(
-        ours, leaves, want, impl="chunked", ref=cast(ref, dtype)[0], workspace=workspace, eager=eager, **arguments
-    )
+    ours, leaves = cast(head, dtype, device=device, **needs)
+    arguments = {name: its.to(device) for name, its in arguments.items()} | {"ref": cast(ref, dtype, device=device)[0]}
+    got, gradients = values_and_gradients(ours, leaves, want, impl=impl, workspace=workspace, eager=eager, **arguments)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     assert list(got) == list(truth)
     for name, value in got.items():
         assert value.dtype == (torch.int64 if name == "argmax" else dtype)
-        torch.testing.assert_close(value.double(), truth[name].double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(value.cpu().double(), truth[name].double(), rtol=tolerance, atol=tolerance)
     for gradient, slope, leaf in zip(gradients, slopes, leaves, strict=True):
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
-        assert (gradient - slope).norm() <= tolerance * slope.norm()
+        assert (gradient.cpu() - slope).norm() <= tolerance * slope.norm()
 
 
 def stats_and_gradients(n: int, v: int, want: list, workspace: int, *, frozen: bool, eager: str | None = None) -> Callable:

@@ -12,10 +12,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from .choose import why_not_fused
 from .chunked import chunked_stats
 from .costs import l1_cost, span_cost
 from .dense import dense_stats
 from .head import FLOOR, KLS, ONE_HEAD, TWO_HEADS, Head, Rowwise, Separable, Want, check
+from .kept import TORCH
 from .top import top_k
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "l1_cost",
     "span_cost",
     "top_k",
+    "why_not_fused",
 ]
 
 
@@ -41,7 +44,7 @@ def head_stats(
     index: Tensor | None = None,
     ref: Head | None = None,
     workspace: int | None = None,
-    impl: Literal["auto", "dense", "chunked"] = "auto",
+    impl: Literal["auto", "dense", "chunked", "fused"] = "auto",
     eager: str | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of softmax(logits of `head`), per token.
@@ -57,7 +60,9 @@ def head_stats(
         index: [N, K] int64 ids.
         ref: the second head (reference, teacher): any hidden size, no gradient.
         workspace: bytes of temporary memory to aim at; never grows with N.
-        impl: `chunked`, `dense` (the definition: materialises [N, V]), or `auto`.
+        impl: `chunked`; `fused`, the same loops with Triton's passes over the tiles; `dense` (the definition: materialises
+            [N, V]); or `auto`: `fused` on NVIDIA GPUs where it can run (`why_not_fused`), else `chunked`. A `Rowwise`, and a
+            `Separable` without a formula, are evaluated by torch under `fused`, too.
         eager: name of the one wanted statistic whose upstream gradient will be the same number for every token, as under a
             mean over tokens. Its gradients are then taken in the forward, which saves a product with each head, at the price of
             holding dW from the forward on. If the numbers differ after all, the gradient is still exact and nothing is saved.
@@ -67,9 +72,20 @@ def head_stats(
         ref_lse and what a Rowwise gives beside its value.
 
     Raises:
-        ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary.
+        ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary; `fused` where it
+            cannot run, with the reason.
     """
     check(head, want, target, index, ref, eager)
     if impl == "dense":
         return dense_stats(head, want, target=target, index=index, ref=ref)
-    return chunked_stats(head, want, target=target, index=index, ref=ref, workspace=workspace, eager=eager)
+    passes = TORCH
+    if impl == "fused" or (impl == "auto" and head.x.is_cuda):
+        reason = why_not_fused(head, ref)
+        if reason is None:
+            from .fused import passes_for  # here, as it imports triton
+
+            passes = passes_for(want)
+        elif impl == "fused":
+            raise ValueError(f"fused: {reason}")
+    arguments = {"target": target, "index": index, "ref": ref, "workspace": workspace, "eager": eager}
+    return chunked_stats(head, want, **arguments, passes=passes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .gradient import Coefficients
-from .kept import block_gradient, coefficients_of, gradient_tile
+from .kept import block_gradient, coefficients_of
 from .project import accumulate, exact_products, logits_tile, narrow, operand, row_factor, tile_weights
 from .task import Gradients, Need, Result, Task
 
@@ -77,13 +77,13 @@ def _backward_tile(
         n = rows.stop - rows.start
         z, *rest = (buffer[: n * width].view(n, width) for buffer in work)
         with exact_products(head.x):
-            logits_tile(head, weights, start, rows, z)
+            logits_tile(head, weights, start, rows, z, raw=task.passes.raw)
         if pairs:
             with exact_products(task.ref.x):
                 logits_tile(task.ref, ref_weights, start, rows, rest[0])
         own = whole.rows(rows)
         factor = row_factor(head, own.factor, rows)
-        dz = gradient_tile(task, own, z, rest[0] if pairs else None, start, rows)
+        dz = task.passes.gradient(task, own, z, rest[0] if pairs else None, start, rows)
         if bias is not None:
             bias.addmv_(dz.mT, factor.squeeze(1))
         with exact_products(head.x):

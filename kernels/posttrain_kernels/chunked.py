@@ -27,13 +27,15 @@ from .backward import backward_pass
 from .fold import State
 from .forward import forward_pass
 from .head import CONSTANT, KLS, Form, Head, Rowwise, Separable, Want, name_of, names_of
+from .kept import TORCH
 from .memory import limited, with_less
-from .task import Gradients, Need, Result, Sizes, Task
+from .task import Gradients, Need, Passes, Result, Sizes, Task
 
-_CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "chunk": 2048}
-_OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 4096, "chunk": 32768}
-"""Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, most tokens of a fold and
-of a backward chunk. Measured on a CPU (larger ones are no faster); the others are estimates for a GPU."""
+_CPU = {"workspace": 64 << 20, "rows": 256, "pad": 32, "items": 2048, "block": 1024, "kept": 1024, "chunk": 2048}
+_OTHER = {"workspace": 1 << 30, "rows": 1024, "pad": 1024, "items": 8192, "block": 1024, "kept": 4096, "chunk": 32768}
+"""Defaults: workspace in bytes, tokens of a product and what the last is padded to, width of a tile, most tokens of a fold, of
+a block whose logits are kept and of a backward chunk. Measured on a CPU (larger ones are no faster); the others are estimates
+for a GPU: a tile that is folded at once (32 MiB) stays in its L2 cache between the product and the fold."""
 
 
 def _defaults(head: Head) -> dict[str, int]:
@@ -45,12 +47,13 @@ def workspace_of(head: Head, workspace: int | None) -> int:
     return limited(_defaults(head)["workspace"] if workspace is None else workspace, head.x.device)
 
 
-def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) -> Sizes:
+def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int, folding: int = TORCH.temporaries) -> Sizes:
     """How the loops are cut for a head.
 
     Args:
         temporaries: the number of tiles a gradient needs at once.
         whole: the number of whole rows that a Rowwise needs at once for each token; 0 without one.
+        folding: the number of tiles a fold needs at once.
     """
     default, workspace = _defaults(head), workspace_of(head, workspace)
     pad, itemsize = default["pad"], head.dtype.itemsize
@@ -60,9 +63,9 @@ def sizes_of(head: Head, workspace: int | None, temporaries: int, whole: int) ->
         """How many tokens with `width` numbers each the workspace holds."""
         return min(max(workspace // (width * itemsize) // pad * pad, pad), most)
 
-    rows = tokens(8 * items, default["rows"])
-    block = tokens(8 * items, default["block"]) // rows * rows
-    kept = tokens(head.size + 8 * items, default["block"])
+    rows = tokens(folding * items, default["rows"])
+    block = tokens(folding * items, default["block"]) // rows * rows
+    kept = tokens(head.size + folding * items, default["kept"])
     kept = kept // rows * rows or kept
     chunk = tokens(temporaries * items, default["chunk"])
     beside = workspace // 4  # the logits of the block are kept, too
@@ -84,6 +87,8 @@ class _Plan:
     temporaries: int
     whole: int
     """As in `sizes_of`."""
+
+    passes: Passes
 
     forms: tuple[Form, ...]
     """Of the head and, if it is read, the ref."""
@@ -115,8 +120,8 @@ class _Plan:
         ref = self.forms[1].head(tensors[at:]) if len(self.forms) > 1 else None
         divergences = {name_of(e): e if isinstance(e, Separable) else KLS[e] for e in self.want if _is_divergence(e)}
         rowwise = {entry.name: entry for entry in self.want if isinstance(entry, Rowwise)}
-        sizes = sizes_of(head, workspace, self.temporaries, self.whole)
-        return Task(head, ref, tensors[0], tensors[1], self.names, divergences, rowwise, sizes)
+        sizes = sizes_of(head, workspace, self.temporaries, self.whole, self.passes.temporaries)
+        return Task(head, ref, tensors[0], tensors[1], self.names, divergences, rowwise, sizes, self.passes)
 
     def forward(self, tensors: Sequence[Tensor | None], unit: str | None, need: Need | None) -> Result:
         """The forward pass, in as much memory as there is."""
@@ -153,17 +158,21 @@ def chunked_stats(
     ref: Head | None,
     workspace: int | None,
     eager: str | None,
+    passes: Passes = TORCH,
 ) -> dict[str, Tensor]:
-    """`head_stats` without an [N, V] tensor."""
+    """`head_stats` without an [N, V] tensor; `passes` go over the elements of the tiles."""
     names = names_of(want)
     rowwise = [entry for entry in want if isinstance(entry, Rowwise)]
     both = ref is not None and (rowwise or any(_is_divergence(entry) or entry in ("ref_logp", "ref_lse") for entry in want))
     heads = [head, ref] if both else [head]
     need = Need.of(head)
     single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *CONSTANT}
-    cut = {"temporaries": 1 if single else 8, "whole": max((entry.temporaries for entry in rowwise), default=0)}
+    cut = {
+        "temporaries": 1 if single else passes.temporaries,
+        "whole": max((entry.temporaries for entry in rowwise), default=0),
+    }
     forms = tuple(Form.of(one) for one in heads)
-    plan = _Plan(tuple(want), workspace_of(head, workspace), **cut, forms=forms, need=need, eager=eager)
+    plan = _Plan(tuple(want), workspace_of(head, workspace), **cut, passes=passes, forms=forms, need=need, eager=eager)
     read_target = target if "logp" in names or "ref_logp" in names or rowwise else None
     inputs = [read_target, index if "gather" in names else None, *(tensor for one in heads for tensor in one.tensors)]
     if need.any:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .fold import State
-from .gradient import slope
-from .head import FLOOR, Head, names_of
+from .head import Head, names_of
 from .kept import block_gradient, coefficients_of, log_probs, parts
 from .project import exact_products, logits_tile, tile_weights
 from .task import Block, Gradients, Need, Result, Sizes, Task
@@ -47,7 +46,7 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
             for (one, its, its_ids), buffers, work in zip(heads, kept, scratch, strict=True):
                 _fold(task, one, its, its_ids, [block], buffers, work)
             if task.divergences:
-                _divergences(task, result, block[0], kept)
+                task.passes.divergences(task, result, block[0], kept)
             if task.rowwise.keys() - {unit}:
                 _rowwise(task, result, block[0], kept, unit)
             if unit:
@@ -78,29 +77,21 @@ def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block]
             for real, rows, part, its_ids in parts:
                 work = scratch[: rows * (stop - start)].view(rows, stop - start)
                 z = kept[j][:rows] if kept else work
-                project(head, task.sizes, weights, start, real, z)
-                part.fold(z, start, its_ids, work)
+                raw = task.passes.raw and head is task.head
+                project(head, task.sizes, weights, start, real, z, raw=raw)
+                task.passes.fold(head if raw else None, part, z, start, real, its_ids, work)
                 if stop == task.edge:
                     part.common.copy_(part.lse)
 
 
-def project(head: Head, sizes: Sizes, weights: list[Tensor], start: int, tokens: slice, z: Tensor) -> None:
-    """Logits of a block of tokens for the items from `start` into z, by products of one shape."""
+def project(
+    head: Head, sizes: Sizes, weights: list[Tensor], start: int, tokens: slice, z: Tensor, *, raw: bool = False
+) -> None:
+    """Logits of a block of tokens for the items from `start` into z, by products of one shape; `raw` as in `logits_tile`."""
     for first in range(0, len(z), sizes.rows):
         product = z[first : first + sizes.rows]
         rows = slice(tokens.start + first, min(tokens.start + first + len(product), tokens.stop))
-        logits_tile(head, weights, start, rows, product)
-
-
-def _divergences(task: Task, result: Result, rows: slice, kept: list[list[Tensor]]) -> None:
-    n = rows.stop - rows.start
-    lse, ref_lse = result.state.common[rows, None], result.reference[rows, None]
-    for z, zq in zip(*kept, strict=False):  # the tiles of the common vocabulary come first in both
-        lp, lq = (z[:n] - lse).clamp_(min=FLOOR), (zq[:n] - ref_lse).to(z.dtype).clamp_(min=FLOOR)
-        for name, divergence in task.divergences.items():
-            result.values[name][rows] += divergence.f(lp, lq).sum(-1)
-            if name in result.sums:
-                result.sums[name][rows] += slope(divergence, lp, lq).sum(-1)
+        logits_tile(head, weights, start, rows, product, raw=raw)
 
 
 def _rowwise(task: Task, result: Result, rows: slice, kept: list[list[Tensor]], unit: str | None) -> None:

@@ -117,6 +117,10 @@ class Separable:
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
     """(lp, lq) -> derivative of f in lp, if it is worth writing down; else autograd takes it."""
 
+    formula: tuple[str, float] | None = None
+    """What `fused` calls the same function, with its parameter (formulas.py); where it knows none of this name, or None, f and
+    slope are evaluated by torch there, too."""
+
 
 @dataclass(frozen=True)
 class Rowwise:
@@ -155,8 +159,15 @@ class Rowwise:
 
 
 KLS = {
-    "forward_kl": Separable("forward_kl", lambda lp, lq: lq.exp() * (lq - lp), lambda lp, lq: -lq.exp()),
-    "reverse_kl": Separable("reverse_kl", lambda lp, lq: lp.exp() * (lp - lq), lambda lp, lq: lp.exp() * (lp - lq + 1)),
+    "forward_kl": Separable(
+        "forward_kl", lambda lp, lq: lq.exp() * (lq - lp), lambda lp, lq: -lq.exp(), formula=("forward_kl", 0.0)
+    ),
+    "reverse_kl": Separable(
+        "reverse_kl",
+        lambda lp, lq: lp.exp() * (lp - lq),
+        lambda lp, lq: lp.exp() * (lp - lq + 1),
+        formula=("reverse_kl", 0.0),
+    ),
 }
 """The divergences that have a name of their own: KL(ref || policy) and KL(policy || ref)."""
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .gradient import Coefficients, coefficients, row_slope
-from .head import FLOOR
+from .fold import State
+from .gradient import Coefficients, coefficients, row_slope, slope
+from .head import FLOOR, Head
 from .project import exact_products, row_factor, softcap_slope, tile_weights
-from .task import Gradients, Result, Task
+from .task import Gradients, Passes, Result, Task
 
 Kept = list[list[Tensor]]
 """For the head and, if it is read, the ref: [n or more, C] logits of every tile."""
@@ -27,6 +28,23 @@ def coefficients_of(task: Task, result: Result, upstream: Mapping[str, Tensor], 
         {name: value[rows] for name, value in result.sums.items()},
         task.rowwise,
     )
+
+
+def fold(raw: Head | None, state: State, z: Tensor, start: int, rows: slice, ids: Tensor, scratch: Tensor) -> None:
+    """`State.fold` as one of the passes."""
+    state.fold(z, start, ids, scratch)
+
+
+def divergences(task: Task, result: Result, rows: slice, kept: Kept) -> None:
+    """Values and, if asked for, C of the divergences of a block of tokens."""
+    n = rows.stop - rows.start
+    lse, ref_lse = result.state.common[rows, None], result.reference[rows, None]
+    for z, zq in zip(*kept, strict=False):  # the tiles of the common vocabulary come first in both
+        lp, lq = (z[:n] - lse).clamp_(min=FLOOR), (zq[:n] - ref_lse).to(z.dtype).clamp_(min=FLOOR)
+        for name, divergence in task.divergences.items():
+            result.values[name][rows] += divergence.f(lp, lq).sum(-1)
+            if name in result.sums:
+                result.sums[name][rows] += slope(divergence, lp, lq).sum(-1)
 
 
 def gradient_tile(
@@ -61,7 +79,9 @@ def block_gradient(task: Task, result: Result, own: Coefficients, rows: slice, k
         for j, (start, stop) in enumerate(task.tiles(head)):
             dz = kept[0][j][:n]
             if not own.rowwise:
-                dz = gradient_tile(task, own, dz, kept[1][j][:n] if own.pairs and stop <= task.edge else None, start, rows)
+                dz = task.passes.gradient(
+                    task, own, dz, kept[1][j][:n] if own.pairs and stop <= task.edge else None, start, rows
+                )
             out.add_tile(head, tile_weights(head, start, stop), dz, rows, start, factor)
     for dx in out.x:
         if dx is not None:
@@ -119,3 +139,7 @@ def _row_gradient(task: Task, result: Result, own: Coefficients, tokens: slice, 
         if derivative is not None:
             total += derivative
     return total.addcmul_(lp.exp_(), total.sum(-1, keepdim=True), value=-1)
+
+
+TORCH = Passes(fold, divergences, gradient_tile, temporaries=8)
+"""The elements of a tile by torch operations."""

@@ -54,13 +54,22 @@ def tile_weights(head: Head, start: int, stop: int) -> list[Tensor]:
     return [operand(weight[start:stop], x) for x, weight in head.terms]
 
 
-def logits_tile(head: Head, weights: list[Tensor], start: int, rows: slice, out: Tensor) -> Tensor:
-    """[n, C] logits of the tokens `rows` for the items from `start`; rows of `out` beyond the last token are padding."""
+def logits_tile(head: Head, weights: list[Tensor], start: int, rows: slice, out: Tensor, *, raw: bool = False) -> Tensor:
+    """[n, C] logits of the tokens `rows` for the items from `start`; rows of `out` beyond the last token are padding.
+
+    Args:
+        raw: leave it at the sum of the products, without bias, scale, soft-cap and temperature.
+    """
     for i, ((x, _), weight) in enumerate(zip(head.terms, weights, strict=True)):
         block = x[rows]
         if len(block) < len(out):
             block = torch.cat([block, block.new_zeros(len(out) - len(block), block.shape[1])])
         accumulate(out, operand(block, x), weight.mT, add=i > 0)
+    return out if raw else finish(head, start, rows, out)
+
+
+def finish(head: Head, start: int, rows: slice, out: Tensor) -> Tensor:
+    """Turn the sum of the products into logits, in place."""
     if head.bias is not None:
         out.add_(head.bias[start : start + out.shape[1]])
     if head.scale != 1:

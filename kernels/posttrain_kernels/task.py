@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from .fold import State
 from .head import Head, Rowwise, Separable, common
 from .project import accumulate, narrow, operand
+
+if TYPE_CHECKING:
+    from .gradient import Coefficients
 
 Block = tuple[slice, slice]
 """(tokens, the same with padding)"""
@@ -59,6 +63,29 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Who goes over the elements of a tile: torch (kept.py) or Triton (fused.py). The loops around are the same.
+
+    `raw` says in which form the policy's tiles come to all three: as logits, or as the products that give them.
+    """
+
+    fold: Callable[[Head | None, State, Tensor, int, slice, Tensor, Tensor], None]
+    """(head if the tile is raw, state, tile, first item, tokens, ids, scratch): `State.fold`."""
+
+    divergences: Callable[[Task, Result, slice, list[list[Tensor]]], None]
+    """(task, result, tokens, tiles of both heads): add the values and, if asked for, C of the divergences to the result."""
+
+    gradient: Callable[[Task, Coefficients, Tensor, Tensor | None, int, slice], Tensor]
+    """(task, coefficients, tile, tile of the ref or None, first item, tokens) -> [n, C] derivative in the products but for the
+    row factor, in the dtype of the logits or of the operands; overwrites both tiles."""
+
+    temporaries: int
+    """Tiles that `fold` needs at once."""
+
+    raw: bool = False
+
+
+@dataclass(frozen=True)
 class Task:
     """Inputs of one call, as the loops see them."""
 
@@ -80,6 +107,8 @@ class Task:
     """The statistics that need whole rows."""
 
     sizes: Sizes
+
+    passes: Passes
 
     @property
     def edge(self) -> int:
@@ -156,7 +185,7 @@ class Gradients:
         """
         items = slice(start, start + dz.shape[1])
         if self.bias is not None:
-            self.bias[items].addmv_(dz.mT, factor.squeeze(1))
+            self.bias[items].addmv_(dz.mT, factor.squeeze(1))  # a policy with a bias has dz in the dtype of the logits
         for (x, _), weight, dx, dw in zip(head.terms, weights, self.x, self.weight, strict=True):
             narrowed = narrow(dz, x)
             if dx is not None:

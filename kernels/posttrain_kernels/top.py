@@ -23,7 +23,7 @@ def top_k(head: Head, k: int, *, workspace: int | None = None) -> tuple[Tensor, 
 
     Returns:
         ids [N, k] int64, the likeliest first (the order of equal ones is arbitrary), and log-probs [N, k], which have the
-        bits that `gather` would give.
+        bits that `gather` would give under `chunked`.
 
     Raises:
         ValueError: k is not within the vocabulary, or shapes that do not fit.

@@ -1,0 +1,37 @@
+"""Whether the fused kernel can run here; looks without importing triton where the answer is no."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .head import Head
+
+_TRITON = (3, 6)
+"""The oldest that fused.py was written for."""
+
+_CAPABILITY = (8, 0)
+"""The oldest NVIDIA GPU that Triton and bfloat16 products know."""
+
+
+def why_not_fused(head: Head, ref: Head | None = None) -> str | None:
+    """What keeps `impl="fused"` from computing these heads here, in words that follow "fused:"; None: nothing does."""
+    device = head.x.device
+    for role, one in (("head", head), ("ref", ref)):
+        if one is not None and one.dtype != torch.float32:
+            return f"the {role} is {one.x.dtype}; hidden states of 32 bits or less are needed"
+    if device.type == "cuda" and torch.version.cuda is None:
+        return "the GPU is not NVIDIA's"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return f"the GPU is too old (compute capability below {'.'.join(map(str, _CAPABILITY))})"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the hidden states are on {device.type}; an NVIDIA GPU is needed, or TRITON_INTERPRET=1"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+        return f"triton {found} is too old; {'.'.join(map(str, _TRITON))} or later is needed"
+    return None

@@ -1,0 +1,45 @@
+"""Where the fused kernel runs, and that it equals the dense definition in Triton's interpreter, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from heads import cast, ids, policy
+from posttrain_kernels import choose, head_stats, why_not_fused
+
+HERE = Path(__file__).parent
+
+
+def test_equals_the_definition_in_the_interpreter() -> None:
+    """TRITON_INTERPRET has to be set before anything imports triton, hence the process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "fused_cases.py")]
+    done = subprocess.run(
+        command, cwd=HERE.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    head = cast(policy(), torch.float32)[0]
+    with pytest.raises(ValueError, match="fused: the hidden states are on cpu; an NVIDIA GPU is needed, or TRITON_INTERPRET=1"):
+        head_stats(head, ["logp"], target=ids(), impl="fused")
+    assert torch.equal(*(head_stats(head, ["logp"], target=ids(), impl=impl)["logp"] for impl in ("auto", "chunked")))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not_fused(head) is None
+    assert why_not_fused(policy()) == "the head is torch.float64; hidden states of 32 bits or less are needed"
+    assert why_not_fused(head, policy()) == "the ref is torch.float64; hidden states of 32 bits or less are needed"
+    monkeypatch.setattr(choose, "version", lambda name: "3.5.1")
+    assert why_not_fused(head) == "triton 3.5.1 is too old; 3.6 or later is needed"
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(choose, "version", missing)
+    assert why_not_fused(head) == "triton is not installed"
