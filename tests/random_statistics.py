@@ -11,7 +11,7 @@ import torch
 from rows import LAYERS, by_definition
 from torch.overrides import TorchFunctionMode
 
-from posttrain.experience import token_columns_of
+from posttrain.experience import Experience, Sampled, token_columns_of
 from posttrain.learned import Own
 from posttrain.mismatch import early_roles
 from posttrain.registry import Objective
@@ -148,6 +148,25 @@ def random_statistics(
     return family(**dict.fromkeys(roles(family)) | there, **columns)
 
 
+def random_experience(objective: Objective, config: Any, *, seed: int = 0, prompts: int = 3, group: int = 4) -> Experience:
+    """A round of rollouts: statistics of the policy as it sampled, an engine that is a little off, scores."""
+    own, want = own_of(objective, config), objective.want(config)
+    one = random_statistics(Sampled, seed=seed, rows=prompts * group, want=want, own=own).completion
+    generator = torch.Generator().manual_seed(seed + 1)
+    noise = 0.1 * torch.randn(one.logps.numel(), generator=generator, dtype=torch.float64)
+    return Experience(
+        scores=torch.randn(prompts * group, generator=generator, dtype=torch.float64),
+        lengths=one.lengths,
+        group=group,
+        finished=torch.rand(prompts * group, generator=generator) < 0.7,
+        old_logps=one.logps.detach(),
+        engine_logps=one.logps.detach() + noise,
+        reference_logps=one.reference_logps if objective.reads_reference(config) else None,
+        more={name: values.detach() for name, values in one.more.items()},
+        context=state_of(objective, config),
+    )
+
+
 def context_of(objective: Objective, statistics: Any, *, start: bool = False, **options: Any) -> Any:
     """The statistics with the objective's state as it starts and the means that its `before` gives, of random completions
     where it reads early roles.
@@ -167,9 +186,9 @@ def context_of(objective: Objective, statistics: Any, *, start: bool = False, **
     return dataclasses.replace(statistics, context={**state_of(objective), **means})
 
 
-def state_of(objective: Objective) -> dict[str, torch.Tensor]:
-    """The state of an objective with default settings before the first step."""
-    numbers = {} if objective.state is None else objective.state(objective.config(), {}, {})
+def state_of(objective: Objective, config: Any = None) -> dict[str, torch.Tensor]:
+    """The state of an objective before the first step; with default settings where none are given."""
+    numbers = {} if objective.state is None else objective.state(config or objective.config(), {}, {})
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
 

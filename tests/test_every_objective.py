@@ -166,6 +166,8 @@ def test_reads_the_reference_iff_declared(objective: Objective) -> None:
     without = each(statistics, lambda role: dataclasses.replace(role, reference_logps=None))
     others = [term.values for term in terms(objective(config, moved))]
     same = all(torch.equal(one, other) for one, other in zip(values, others, strict=True))
+    if objective.lesson is not None:
+        return  # what is read of the reference may be read by the lesson: test_lessons.py
     if objective.reads_teacher:
         other = each(statistics, lambda role: role.replaced(reference=role.reference.flip(-1)))
         assert not all(torch.equal(x, y.values) for x, y in zip(values, terms(objective(config, other)), strict=True))
