@@ -7,10 +7,13 @@ from pathlib import Path
 
 from . import registry
 from .schema import UserError
-from .stats import Costs, Inside, Ranked, Spans, States, Top, Want, columns_of
+from .stats import Costs, Inside, Ranked, Sizes, Spans, States, Top, Want, columns_of
 
 MARKS = ("<!-- methods: from `posttrain show --table README.md` -->", "<!-- end of methods -->")
 """The lines between which a file has the table of methods."""
+
+_SMALL = Sizes(hidden=1, vocabulary=2, reference_hidden=1, reference_layers=1)
+"""Sizes that do to see whether a method has parameters."""
 
 
 def table() -> str:
@@ -66,9 +69,10 @@ def _needs(objective: registry.Objective) -> str:
     wanted = [f"`{_statistic(one)}`" for one in objective.want(config) if one not in inside]
     needs = ["reference"] if objective.reads_reference(config) else []
     needs = ["teacher"] if objective.reads_teacher else needs
+    needs = ["rewards", *needs] if objective.lesson is not None else needs
     needs += [f"over the vocabulary: {', '.join(wanted)}"] if wanted else []
     needs += [f"inside the reference: {', '.join(map(_inside, inside))}"] if inside else []
-    needs += ["parameters of its own"] if objective.learned is not None else []
+    needs += ["parameters of its own"] if objective.learned is not None and objective.learned.start(config, _SMALL) else []
     needs += [f"column {', '.join(columns)}"] if columns else []
     needs += ["a pass before each step"] if objective.before is not None else []
     return "; ".join(needs)

@@ -17,9 +17,9 @@ Everything but surrogate, k, H and critic is fixed once for a round, over all it
 of groups (rloo, grpo, dr_grpo, opo, qae) are of whole completions, score minus beta times their whole KL; reinforce_pp and gae
 are of tokens. With grpo, qae and whitening, or means by completion, rewards count otherwise than in J.
 
-Source: PPO with KL in the reward: Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022, arXiv:2203.02155; the rest: see
-the files named. Means by tokens and completions: Yu et al. 2025, "DAPO", arXiv:2503.14476 (also dynamic_sampling,
-mask_truncated); by a constant: Liu et al. 2025, "Dr. GRPO", arXiv:2503.20783.
+Source: Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155 (PPO with the KL in the reward); the
+rest: see the files named. Means by tokens and completions, dynamic_sampling, mask_truncated: Yu et al. 2025, "DAPO",
+arXiv:2503.14476; by a constant: Liu et al. 2025, "Dr. GRPO", arXiv:2503.20783.
 Value at policy == reference: minus the mean advantage, and what is added, which depends on the data.
 """
 
