@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .isolated import Results, sweep
+from .material import fewer_layers
+from .step import clock
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "none (the student as it starts)": {"name": "kd", "untrained": True},
@@ -41,68 +43,51 @@ def shallow(teacher: str, layers: int, folder: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    all_layers = model.model.layers
-    kept = torch.linspace(0, len(all_layers) - 1, layers).round().int().tolist()
-    model.model.layers = torch.nn.ModuleList(all_layers[i] for i in kept)
-    model.config.num_hidden_layers = layers
-    if model.config.to_dict().get("layer_types"):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    model = fewer_layers(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), layers)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
     return str(folder)
 
 
-def train(settings: dict[str, Any], student: str, seed: int, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+def one(job: dict[str, Any]) -> dict[str, Any]:
     """Train one student; seconds of every step, losses, and where it is."""
-    from transformers import TrainerCallback
-
     from posttrain.recipe import load_run
     from posttrain.run import prepare, quiet_libraries
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *args, **kwargs) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
-
-    settings = dict(settings)
+    settings, options = dict(job["settings"]), argparse.Namespace(**job["options"])
     fraction, untrained = settings.pop("on_policy", None), settings.pop("untrained", False)
-    values = {
-        "objective": settings,
-        "model": {"name": student},
-        "teacher": {"model": options.teacher},
-        "data": {"name": options.data, "max_length": options.max_length, "eval_size": options.held_out},
-        "train": {
-            "output_dir": folder,
-            "max_steps": options.steps,
-            "per_device_train_batch_size": options.batch,
-            "learning_rate": options.learning_rate,
-            "warmup_steps": options.steps // 20,
-            "logging_steps": 10,
-            "save_strategy": "no",
-            "eval_strategy": "no",
-            "use_cpu": options.cpu,
-            "seed": seed,
-        },
-    }
-    if fraction is not None:
-        values |= {"rollouts": {"student": fraction}, "sampling": {"max_new_tokens": options.new_tokens}}
-    recipe = Path(folder, "recipe.yaml")
-    recipe.write_text(json.dumps(values))  # JSON is YAML
-    quiet_libraries()
-    prepared = prepare(load_run(recipe=recipe))
-    clock = Clock()
-    prepared.trainer.add_callback(clock)
-    if not untrained:
-        prepared.trainer.train()
-    losses = [log["loss"] for log in prepared.trainer.state.log_history if "loss" in log]
-    quality = evaluate(prepared.model, prepared.tokenizer, prepared.data.eval, options)
-    return {"seconds": clock.seconds, "losses": losses, **quality}
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "objective": settings,
+            "model": {"name": job["student"]},
+            "teacher": {"model": options.teacher},
+            "data": {"name": options.data, "max_length": options.max_length, "eval_size": options.held_out},
+            "train": {
+                "output_dir": folder,
+                "max_steps": options.steps,
+                "per_device_train_batch_size": options.batch,
+                "learning_rate": options.learning_rate,
+                "warmup_steps": options.steps // 20,
+                "logging_steps": 10,
+                "save_strategy": "no",
+                "eval_strategy": "no",
+                "use_cpu": options.cpu,
+                "seed": job["seed"],
+            },
+        }
+        if fraction is not None:
+            values |= {"rollouts": {"student": fraction}, "sampling": {"max_new_tokens": options.new_tokens}}
+        recipe = Path(folder, "recipe.yaml")
+        recipe.write_text(json.dumps(values))  # JSON is YAML
+        quiet_libraries()
+        prepared = prepare(load_run(recipe=recipe))
+        timer = clock()
+        prepared.trainer.add_callback(timer)
+        if not untrained:
+            prepared.trainer.train()
+        losses = [log["loss"] for log in prepared.trainer.state.log_history if "loss" in log]
+        quality = evaluate(prepared.model, prepared.tokenizer, prepared.data.eval, options)
+    return {"seconds": timer.seconds, "losses": losses, **quality}
 
 
 def evaluate(student: Any, tokenizer: Any, rows: Any, options: argparse.Namespace) -> dict[str, float]:
@@ -154,7 +139,7 @@ def evaluate(student: Any, tokenizer: Any, rows: Any, options: argparse.Namespac
     }
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
+def table(results: Results) -> str:
     """The results as Markdown: means over the seeds."""
     names = ("forward_kl", "reverse_kl", "teacher_nll", "rouge_l")
     lines = [
@@ -185,26 +170,17 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", default="runs/benchmark-distillation.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        settings, student, seed = json.loads(options.one)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(options.output).write_text(json.dumps(train(settings, student, seed, options, folder)))
-        return
-    results: dict[str, list[dict[str, Any]]] = {}
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         student = options.student or shallow(options.teacher, options.layers, Path(folder, "student"))
-        for name in options.objectives:
-            for seed in options.seeds:
-                told = json.dumps([OBJECTIVES[name], student, seed])
-                answer = Path(folder, "result.json")
-                arguments = [*sys.argv[1:], "--one", told, "--output", str(answer)]
-                subprocess.run([sys.executable, "-m", "benchmarks.distillation", *arguments], check=True)
-                results.setdefault(name, []).append(json.loads(answer.read_text()))
-            Path(options.output).write_text(json.dumps(results, indent=1))
-            print(table(results), flush=True)
+
+        def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
+            for name in options.objectives:
+                for seed in options.seeds:
+                    told = {"settings": OBJECTIVES[name], "student": student, "seed": seed, "options": vars(options)}
+                    yield name, told
+
+        sweep("benchmarks.distillation", jobs(), table, options.output)
 
 
 if __name__ == "__main__":

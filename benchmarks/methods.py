@@ -13,36 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
+
+from .isolated import Results, sweep
+from .step import clock
 
 METHODS = ("dpo", "kto", "wpo", "radpo", "sparsepo", "simpo", "orpo")
 """Those that are run unless others are named; dpo comes first, as what the others are compared with."""
 
 
-def one(method: str, options: argparse.Namespace) -> dict:
+def one(job: dict[str, Any]) -> dict[str, Any]:
     """Train one method; its metrics before and after, seconds of every step, peak memory."""
-    from transformers import TrainerCallback
-
     from posttrain.meter import peak_memory
     from posttrain.recipe import load_run
     from posttrain.registry import find
     from posttrain.run import prepare, quiet_libraries
     from posttrain.stats import Labelled
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *args, **kwargs) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
-
+    method, options = job["method"], argparse.Namespace(**job["options"])
     labelled = find(method).family is Labelled
     with tempfile.TemporaryDirectory() as folder:
         values = {
@@ -69,13 +59,13 @@ def one(method: str, options: argparse.Namespace) -> dict:
         run = load_run(recipe=recipe)
         quiet_libraries()
         trainer = prepare(run).trainer
-        clock = Clock()
-        trainer.add_callback(clock)
+        timer = clock()
+        trainer.add_callback(timer)
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return {"before": before, "after": after, "seconds": clock.seconds, "peak": peak_memory(), "losses": losses}
+    return {"before": before, "after": after, "seconds": timer.seconds, "peak": peak_memory(), "losses": losses}
 
 
 def quality(metrics: dict) -> float:
@@ -85,15 +75,15 @@ def quality(metrics: dict) -> float:
     return metrics["eval_rewards/desirable"] - metrics["eval_rewards/undesirable"]
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: Results) -> str:
     """The results as Markdown; ratios are to the first."""
     lines = [
         "| method | held out before | after | eval loss before | after | s/step | x DPO | peak GiB | x DPO |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    base = next(iter(results.values()))
+    (base, *_), *_ = results.values()
     base_seconds = statistics.median(base["seconds"])
-    for method, result in results.items():
+    for method, (result, *_) in results.items():
         seconds, (before, after) = statistics.median(result["seconds"]), (result["before"], result["after"])
         lines.append(
             f"| {method} | {quality(before):.3f} | {quality(after):.3f} | {before['eval_loss']:.4f} | {after['eval_loss']:.4f} "
@@ -116,20 +106,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", default="runs/benchmark-methods.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        Path(options.output).write_text(json.dumps(one(options.one, options)))
-        return
-    results: dict[str, dict] = {}
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    for method in options.methods:
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            arguments = [*sys.argv[1:], "--one", method, "--output", file.name]
-            subprocess.run([sys.executable, "-m", "benchmarks.methods", *arguments], check=True)
-            results[method] = json.loads(Path(file.name).read_text())
-        Path(options.output).write_text(json.dumps(results, indent=1))
-        print(table(results), flush=True)
+    jobs = ((method, {"method": method, "options": vars(options)}) for method in options.methods)
+    sweep("benchmarks.methods", jobs, table, options.output)
 
 
 if __name__ == "__main__":
