@@ -265,6 +265,8 @@ def read_weights(
     attention = settings.attention
     if attention is None and config.get_text_config().to_dict().get("attn_logit_softcapping"):
         attention = "eager"  # sdpa leaves the soft-cap of the attention scores out without a word
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        attention = "sdpa"  # the same numbers; elsewhere flex_attention has no gradient
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -27,7 +27,8 @@ class ModelConfig:
     bfloat16 under an adapter where the device computes in it."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
-    """Attention implementation; None is the model's default."""
+    """Attention implementation; None is the model's default. flex_attention, for NVIDIA GPUs, skips what tokens of a packed row
+    may not see of it; elsewhere sdpa takes its place."""
 
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer; None is the model's own."""

@@ -35,7 +35,7 @@ from .scores import Scores
 from .selfcheck import SelfCheck
 from .stats import Completions, Inside, Loss, bound, columns_of, roles_of
 from .teacher_cache import CachedTeacher
-from .trees import Collator, TreeCollator, attention_scale
+from .trees import Collator, TreeCollator, attention_scale, row_multiple
 from .vocabulary import DROPPED
 
 log = logging.getLogger("posttrain")
@@ -127,9 +127,9 @@ class Trainer(transformers.Trainer):
         """Rows -> batch. For `layout: auto` the self-check sets its layout before the first batch is made."""
         layout = "tree" if self.layout == "auto" else self.layout
         lookup = self.reference.lookup if isinstance(self.reference, CachedLogps | CachedTeacher) else None
-        scale = attention_scale(self.model_config)
+        rows = {"attention_scale": attention_scale(self.model_config), "multiple": row_multiple(self.model_config)}
         whole = self.objective.scores
-        main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, attention_scale=scale, whole=whole)
+        main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, whole=whole, **rows)
         early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None
         retold = None if self.retell is None else self.retell(dataclasses.replace(main, columns=()))
         return Collator(main, early, retold)

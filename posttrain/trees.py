@@ -10,7 +10,9 @@ Letters in shape comments: R rows, T tokens of the longest row, N completion tok
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ Lookup = Callable[[Sequence[int], Sequence[int]], Mapping[str, np.ndarray]]
 _ATTENTION_RATE = 0.6
 """Operations per second of masked attention, relative to those of a matrix product. Fitted to SmolLM2-135M, forward and
 backward, sdpa with a boolean mask, float32 on a CPU: rows of 256 to 2048 tokens at equal totals."""
+
+
+_BLOCK = 128
+"""Tokens of a block of flex_attention, to both sides."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class TreeCollator:
     number of completions, are the place of that token and the token."""
 
     multiple: int = 1
-    """Row lengths are rounded up to a multiple of this (8 suits the memory-efficient kernels of a GPU)."""
+    """Row lengths are rounded up to a multiple of this; `row_multiple` knows what suits a model."""
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         prompts = [np.asarray(row["prompt"], dtype=np.int64) for row in rows]
@@ -235,13 +242,23 @@ def attention_scale(config: PreTrainedConfig) -> float:
 
     Per token and layer the matrices cost 2 * (4 H^2 + 3 H I) operations and the attention 4 * H * T (H hidden, I intermediate
     size: in a mixture the sum over the experts that a token visits). Configurations that name no I have two matrices of 4 H.
+    With flex_attention a row's length costs nothing, as blocks that nobody may see are not computed: infinite.
     """
+    if config.get_text_config()._attn_implementation == "flex_attention":
+        return math.inf
     settings = config.get_text_config().to_dict()
     hidden = config.get_text_config().hidden_size
     inner = settings.get("intermediate_size") or 8 * hidden / 3
     if settings.get("moe_intermediate_size") and settings.get("num_experts_per_tok"):
         inner = settings["moe_intermediate_size"] * settings["num_experts_per_tok"]
     return _ATTENTION_RATE * (4 * hidden + 3 * inner) / 2
+
+
+def row_multiple(config: PreTrainedConfig) -> int:
+    """What row lengths should be a multiple of: blocks of flex_attention, the alignment of masks on a GPU, else anything."""
+    if config.get_text_config()._attn_implementation == "flex_attention":
+        return _BLOCK
+    return 8 if torch.cuda.is_available() else 1
 
 
 def padding(batch: Batch) -> int:
@@ -277,7 +294,11 @@ def attention(
 
     def build(window: int | None) -> torch.Tensor | BlockMask:
         if config._attn_implementation == "flex_attention":
-            return _block_mask(own, root, place, window)
+            known = _block_masks.setdefault(tree, {})
+            which = branch, position, window
+            if which not in known:
+                known[which] = _block_mask(own, root, place, window)
+            return known[which]
         return _dense_mask(own, root, place, window, config)
 
     if kinds is None:
@@ -302,6 +323,16 @@ def _dense_mask(
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
+@functools.cache
+def _maker(device: str) -> Callable[..., BlockMask]:
+    """`create_block_mask`; on GPUs compiled, once for all shapes, as plain it takes [R, T, T] memory."""
+    return torch.compile(create_block_mask, dynamic=True) if device == "cuda" else create_block_mask
+
+
+_block_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""`tree` of a batch -> (branch, position, window), by identity -> its mask: that of the policy is the reference's, too."""
+
+
 def _block_mask(own: torch.Tensor, root: torch.Tensor, place: torch.Tensor, window: int | None) -> BlockMask:
     def seen(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         same = (own[row, key] == own[row, query]) | (own[row, key] == root[row, query])
@@ -309,7 +340,7 @@ def _block_mask(own: torch.Tensor, root: torch.Tensor, place: torch.Tensor, wind
         return same & (key <= query) & near
 
     rows, length = own.shape
-    return create_block_mask(seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=own.device)
+    return _maker(own.device.type)(seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=own.device, BLOCK_SIZE=_BLOCK)
 
 
 _SEES_MASKS = ("sdpa", "eager", "flex_attention")

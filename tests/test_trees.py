@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import MODELS, SHARING, VOCABULARY, WINDOW, WINDOWED, tiny
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, LlamaConfig, PreTrainedModel, Qwen3NextConfig
 
-from posttrain.trees import Layout, Row, TreeCollator, attention, attention_scale, pack, padding, shareable
+from posttrain import trees
+from posttrain.trees import Layout, Row, TreeCollator, attention, attention_scale, pack, padding, row_multiple, shareable
 
 ROLES = ("chosen", "rejected")
 EXACT = 2e-6  # float32 rounding of log-probs of a few nats
@@ -183,6 +184,39 @@ def test_block_mask_is_the_dense_mask(window: int | None) -> None:
     dense = attention(LlamaConfig(attn_implementation="sdpa", sliding_window=window), *ids, "tree")["attention_mask"]
     rows, width = batch["tree"].shape
     assert torch.equal(create_mask(block.mask_mod, rows, 1, width, width, device="cpu"), dense)
+
+
+def test_models_share_the_block_mask_of_a_batch() -> None:
+    config = LlamaConfig(attn_implementation="flex_attention")
+    batch = TreeCollator(ROLES, attention_scale=SEVERAL_ROWS)(ROWS)
+    ids = batch["tree"], batch["branch"], batch["position_ids"]
+    one, again = (attention(config, *ids, "tree")["attention_mask"] for _ in range(2))
+    assert one is again
+    assert attention(config, ids[0], 0 * ids[1], ids[2], "tree")["attention_mask"] is not one
+    before = len(trees._block_masks)
+    del batch, ids, one, again
+    assert len(trees._block_masks) == before - 1
+
+
+def test_making_block_masks_is_compiled_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, with a compiler that leaves the operations as they are: for one row and for several, whatever T."""
+    compiled, graphs = torch.compile(create_block_mask, dynamic=True, backend="eager"), torch._dynamo.utils.counters["stats"]
+    config, before = LlamaConfig(attn_implementation="flex_attention"), graphs["unique_graphs"]
+    for rows, width in ((1, 150), (1, 300), (2, 384), (3, 640), (1, 512)):
+        tree, branch = torch.ones(rows, width, dtype=torch.int64), torch.arange(width).expand(rows, width) // 100
+        masks = []
+        for maker in (compiled, create_block_mask):
+            monkeypatch.setattr(trees, "_maker", lambda device, maker=maker: maker)
+            masks.append(attention(config, tree.clone(), branch, branch, "tree")["attention_mask"].to_dense())
+        assert torch.equal(*masks)
+    assert graphs["unique_graphs"] - before <= 2
+
+
+def test_rows_for_flex_attention_are_long_and_whole_blocks() -> None:
+    config = LlamaConfig(attn_implementation="flex_attention")
+    assert pack([5, 900, 7, 800], attention_scale(config)) == [[0, 1, 2, 3]]
+    assert row_multiple(config) == 128
+    assert row_multiple(LlamaConfig(attn_implementation="sdpa")) == (8 if torch.cuda.is_available() else 1)
 
 
 @torch.no_grad()
