@@ -50,6 +50,7 @@ def load(
     where: str = "data",
     *,
     ended: bool = True,
+    source: bool = False,
 ) -> Loaded:
     """Read, tokenise and count the rows of a run.
 
@@ -62,6 +63,7 @@ def load(
         columns: per-row numbers to carry along, such as `("label",)`; or name -> what it is where the data have no such column.
         where: the section of the recipe, for errors.
         ended: completions end with an end token, as a policy has to learn it; otherwise texts are read as they stand.
+        source: carry each row along as it was stored, too: `source`, JSON of its `prompt` (text or messages) and its `row`.
 
     Raises:
         UserError: settings that exclude each other, data that cannot be read or do not fit, or no row left.
@@ -76,7 +78,7 @@ def load(
     asked = None if config.eval is None else replace(config.eval, name=config.eval.name or config.name)
     columns = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
     of_rows = (PAIRED, {}) if config.unpair else (tuple(roles), columns)
-    train, evaluation, report = rows.load(config, sources, asked, tokenizer, *of_rows, where, ended=ended)
+    train, evaluation, report = rows.load(config, sources, asked, tokenizer, *of_rows, where, ended=ended, stored=source)
     if config.unpair:
         train, evaluation = rows.unpaired(train), None if evaluation is None else rows.unpaired(evaluation)
         report = replace(report, train_rows=report.train_rows and 2 * report.train_rows, eval_rows=2 * report.eval_rows)

@@ -10,6 +10,7 @@ opens the answer in another way), the prompt ends at the last token that it shar
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ class Encoder:
     code: str
     """Digest of the code: `datasets` keys its cache by a function's name, not by what it does."""
 
+    source: bool = False
+    """Carry each row along as it was stored, in `source`: JSON of its prompt (text or messages) and its columns."""
+
     def __call__(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """Columns of rows -> columns of tokenised rows, one for each, with `outcome`, `MARKS` and lengths before any cut.
 
@@ -91,7 +95,7 @@ class Encoder:
                 example = self.layout.example(row, index + 1)
                 texts += self._render(example, index + 1)
                 examples.append(example)
-                out.append(numbers)
+                out.append(numbers | ({"source": _source(example, row)} if self.source else {}))
             except Unusable as reason:
                 examples.append(None)
                 out.append({"outcome": str(reason), **numbers})
@@ -100,7 +104,7 @@ class Encoder:
             if example is not None:
                 row |= self._row(next(ids), [next(ids) for _ in self.layout.roles])
         empty = {"prompt": [], **{role: [] for role in self.layout.roles}, **dict.fromkeys(MARKS, False)}
-        empty |= dict.fromkeys(LENGTHS, 0)
+        empty |= dict.fromkeys(LENGTHS, 0) | ({"source": ""} if self.source else {})
         return {name: [row.get(name, nothing) for row in out] for name, nothing in ({"outcome": KEPT} | empty).items()} | {
             name: [row[name] for row in out] for name in self.layout.numbers
         }
@@ -181,6 +185,7 @@ def encoder(
     truncate: bool = False,
     keep_identical: bool = False,
     ended: bool = True,
+    source: bool = False,
 ) -> Encoder:
     """The encoder of one data set; see the fields of `Encoder`.
 
@@ -202,7 +207,12 @@ def encoder(
         special=frozenset(tokenizer.all_special_ids) | end_tokens(tokenizer).keys(),
         ended=ended,
         code=hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in _CODE)).hexdigest(),
+        source=source,
     )
+
+
+def _source(example: Example, row: Mapping[str, Any]) -> str:
+    return json.dumps({"prompt": example.prompt, "row": row}, ensure_ascii=False, default=str)
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

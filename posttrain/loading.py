@@ -7,7 +7,8 @@ than the others, or none; a process that gets one still takes part in everything
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -47,6 +48,73 @@ class EvenBatches(BatchSampler):
         yield from [[None] * self.batch_size for _ in range(len(self) - super().__len__())]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How an epoch is cut into rounds, for rows that become training data only when a model has written something to them.
+
+    A round takes the rows of `every` optimizer steps and is learned from `epochs` times over. All of its rows come with the
+    micro-batches of its first step, so that they can be sampled at once; its other steps get fillers.
+    """
+
+    batch_size: int
+    """Rows of a micro-batch."""
+
+    accumulation: int
+    """Micro-batches of a step, on each process."""
+
+    processes: int
+    """How many share the rows."""
+
+    every: int
+    """Steps whose rows are a round's; the last round of an epoch may have fewer."""
+
+    epochs: int
+    """How often they are learned from."""
+
+    drop_last: bool = False
+    """Leave out rows that do not fill a step."""
+
+    @property
+    def step(self) -> int:
+        """Rows of a step."""
+        return self.batch_size * self.accumulation * self.processes
+
+    def steps(self, rows: int) -> int:
+        """Steps of one pass over so many rows."""
+        return rows // self.step if self.drop_last else -(-rows // self.step)
+
+    def place(self, step: int, micro: int, process: int, row: int) -> int:
+        """The number within its round of a row, by its step in the round, its micro-batch, its process and its place there."""
+        return step * self.step + (micro * self.processes + process) * self.batch_size + row
+
+    def batches(self, rows: Iterable[Any]) -> Iterator[list[Any]]:
+        """Batches of `every * batch_size`, one process's after the other's; in each the rows of step after step, or None."""
+        rows, size = iter(rows), self.every * self.step
+        while block := list(itertools.islice(rows, size)):
+            steps = self.steps(len(block))
+            block = block[: steps * self.step] if self.drop_last else block
+            block += [None] * (size - len(block))
+            for micro, process in itertools.product(range(self.accumulation if steps else 0), range(self.processes)):
+                starts = [self.place(step, micro, process, 0) for step in range(self.every)]
+                yield [row for start in starts for row in block[start : start + self.batch_size]]
+            for _ in range((steps * self.epochs - 1) * self.accumulation * self.processes):
+                yield [None] * (self.every * self.batch_size)
+
+
+class Rounds(BatchSampler):
+    """The numbers that a sampler gives, dealt by a plan."""
+
+    def __init__(self, sampler: Sampler, plan: Plan) -> None:
+        super().__init__(sampler, plan.every * plan.batch_size, drop_last=False)
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return self.plan.steps(len(self.sampler)) * self.plan.epochs * self.plan.accumulation * self.plan.processes
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        return self.plan.batches(self.sampler)
+
+
 class Dealt(IterableDataset):
     """One process's rows of a stream, which every process reads: batch after batch goes to one after the other.
 
@@ -55,13 +123,22 @@ class Dealt(IterableDataset):
         batch_size: rows of a batch.
         processes, index: how many share the stream, and which of them this is.
         drop_last: leave out what does not fill a batch of every process.
+        plan: deals by rounds instead.
     """
 
-    def __init__(self, rows: Any, batch_size: int, processes: int, index: int, drop_last: bool) -> None:
+    def __init__(
+        self, rows: Any, batch_size: int, processes: int, index: int, drop_last: bool, plan: Plan | None = None
+    ) -> None:
         self.rows, self.batch_size, self.processes, self.index = rows, batch_size, processes, index
-        self.drop_last = drop_last
+        self.drop_last, self.plan = drop_last, plan
 
     def __iter__(self) -> Iterator[Any]:
+        if self.plan is not None:
+            with readable("data: a stream broke off"):
+                for number, batch in enumerate(self.plan.batches(self.rows)):
+                    if number % self.processes == self.index:
+                        yield from batch
+            return
         rows, whole = iter(self.rows), self.batch_size * self.processes
         while block := self._next(rows, whole):
             if len(block) < whole and self.drop_last:
@@ -86,6 +163,7 @@ def loader(
     accelerator: Accelerator,
     *,
     training: bool,
+    plan: Plan | None = None,
 ) -> DataLoader:
     """The batches of this process, on its device.
 
@@ -95,6 +173,7 @@ def loader(
         args: batch sizes and how to load.
         accelerator: knows the processes.
         training: in the order of `train_sampling_strategy`, with `dataloader_drop_last`; else in that of the rows, all of them.
+        plan: deal the rows by rounds.
     """
     size = args.train_batch_size if training else args.eval_batch_size
     drop_last = training and args.dataloader_drop_last
@@ -108,9 +187,9 @@ def loader(
         "in_order": args.dataloader_in_order,
     }
     if isinstance(rows, IterableDataset):  # those of `datasets` are, too
-        mine = Dealt(rows, size, accelerator.num_processes, accelerator.process_index, drop_last)
+        mine = Dealt(rows, size, accelerator.num_processes, accelerator.process_index, drop_last, plan)
         return prepare_data_loader(  # told of one process, it does not deal again
-            DataLoader(mine, batch_size=size, **settings),
+            DataLoader(mine, batch_size=size if plan is None else plan.every * size, **settings),
             device=accelerator.device,
             num_processes=1,
             process_index=0,
@@ -120,7 +199,10 @@ def loader(
     table = Filled(rows)
     shuffled = training and args.train_sampling_strategy == "random"
     sampler = RandomSampler(table) if shuffled else SequentialSampler(table)
-    batches = (
-        BatchSampler(sampler, size, drop_last=True) if drop_last else EvenBatches(sampler, size, accelerator.num_processes)
-    )
+    if plan is not None:
+        batches = Rounds(sampler, plan)
+    elif drop_last:
+        batches = BatchSampler(sampler, size, drop_last=True)
+    else:
+        batches = EvenBatches(sampler, size, accelerator.num_processes)
     return accelerator.prepare_data_loader(DataLoader(table, batch_sampler=batches, **settings))

@@ -59,6 +59,8 @@ class Meter:
             for name, (total, squares, count) in zip(sorted(self._sums), reduced, strict=True):
                 if name.endswith("/ess"):
                     out |= {name: total**2 / (squares * count)} if squares else {}
+                elif name.endswith("/std"):
+                    out |= {name: max(squares / count - (total / count) ** 2, 0.0) ** 0.5} if count else {}
                 elif count:
                     out[name] = total if name.endswith("/sum") else total / count
         if self._extremes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -57,6 +57,9 @@ class Request:
     given: Mapping[str, Tensor] = field(default_factory=dict)
     """What is known beside what the head computes: read by that module, and `top_ids` [N, K] by a Top without a second head."""
 
+    temperature: float = 1.0
+    """Divides the logits of the output head."""
+
     impl: str = "auto"
     """Implementation of the kernel."""
 
@@ -95,7 +98,7 @@ def _attach_head(head: nn.Module, lm: PreTrainedModel) -> None:
         if statistics is None:
             return plain(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
-            mine = _head(self, lm, x)
+            mine = replace(_head(self, lm, x), temperature=statistics.temperature)
             found: dict[str, Tensor] = {}
             for number, ref in enumerate(statistics.refs or (None,)):
                 index = statistics.given.get("top_ids")

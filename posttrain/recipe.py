@@ -15,7 +15,17 @@ from omegaconf import OmegaConf
 from . import arguments
 from .registry import Objective, find
 from .schema import UserError, parse, suggest
-from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, RolloutsConfig, SamplingConfig, TeacherConfig
+from .settings import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutsConfig,
+    SamplingConfig,
+    TeacherConfig,
+    reward_values,
+)
 from .written import merge, read, section, split, whence
 
 Layout = Literal["auto", "tree", "separate"]
@@ -24,7 +34,15 @@ NonFinite = Literal["stop", "skip", "go_on"]
 CHOICES = {"layout": Layout, "nonfinite": NonFinite}
 """Keys of a recipe that are one word of several; the first is the default."""
 
-SHORT = {"objective": "name", "model": "name", "data": "name", "reference": "kind", "teacher": "model", "engine": "kind"}
+SHORT = {
+    "objective": "name",
+    "model": "name",
+    "data": "name",
+    "reference": "kind",
+    "teacher": "model",
+    "reward": "name",
+    "engine": "kind",
+}
 """Sections that may be written as one word: `model: X` is `model: {name: X}`, `--reference cached` is reference.kind."""
 
 SECTIONS = (*SHORT, "rollouts", "sampling", "layout", "nonfinite", "train", "imports")
@@ -56,6 +74,9 @@ class Run:
     rollouts: RolloutsConfig = dataclasses.field(default_factory=RolloutsConfig)
     """Which completions the models write themselves."""
 
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    """What they are worth, for an online method."""
+
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     """What samples them."""
 
@@ -85,6 +106,7 @@ class Run:
             "reference": dataclasses.asdict(self.reference),
             "teacher": dataclasses.asdict(self.teacher),
             "rollouts": dataclasses.asdict(self.rollouts),
+            "reward": None if self.reward == RewardConfig() else dataclasses.asdict(self.reward),
             "engine": dataclasses.asdict(self.engine),
             "sampling": dataclasses.asdict(self.sampling),
             "layout": self.layout,
@@ -128,6 +150,7 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
         reference=parse(ReferenceConfig, section(values, "reference", where, SHORT), where("reference")),
         teacher=parse(TeacherConfig, section(values, "teacher", where, SHORT), where("teacher")),
         rollouts=parse(RolloutsConfig, section(values, "rollouts", where, SHORT), where("rollouts")),
+        reward=parse(RewardConfig, reward_values(section(values, "reward", where, SHORT)), where("reward")),
         engine=parse(EngineConfig, section(values, "engine", where, SHORT), where("engine")),
         sampling=parse(SamplingConfig, section(values, "sampling", where, SHORT), where("sampling")),
         layout=values.get("layout", "auto"),
@@ -183,16 +206,33 @@ def _full_key(key: str, method: Objective) -> str:
 def _refuse_contradictions(run: Run) -> None:
     _refuse_teacher(run)
     _refuse_rollouts(run)
-    if not run.objective.reads_reference(run.config) and run.reference != ReferenceConfig():
-        raise UserError(f"reference: {run.objective.name} reads no reference; leave the section out")
-    if run.reference.kind == "adapter" and run.model.peft is None:
-        raise UserError("reference: kind = adapter needs an adapter to switch off: give model.peft, or use frozen or cached")
-    if run.reference.kind == "adapter" and run.reference.model is not None:
-        raise UserError("reference: model is the policy itself where kind = adapter; use frozen or cached for another model")
+    _refuse_reference(run)
     if run.model.merge and run.model.peft is None:
         raise UserError("model: merge = True merges an adapter, and model.peft gives none")
     if run.train.get("eval_strategy", "no") != "no" and not _evaluates(run):
         raise UserError(f"train: eval_strategy = {run.train['eval_strategy']!r} needs rows: give data.eval or data.eval_size")
+
+
+def _refuse_reference(run: Run) -> None:
+    reference = run.reference
+    if not run.objective.reads_reference(run.config) and reference != ReferenceConfig():
+        raise UserError(f"reference: {run.objective.name} reads no reference; leave the section out")
+    if reference.kind == "adapter" and run.model.peft is None:
+        raise UserError("reference: kind = adapter needs an adapter to switch off: give model.peft, or use frozen or cached")
+    if reference.kind == "adapter" and reference.model is not None:
+        raise UserError("reference: model is the policy itself where kind = adapter; use frozen or cached for another model")
+    if reference.kind == "cached" and run.objective.online:
+        raise UserError(f"reference: {run.objective.name} samples its completions, so none of their log-probs can be cached")
+    if reference.kind == "ema" and run.model.peft is not None:
+        raise UserError("reference: kind = ema averages all weights, and model.peft trains an adapter; use adapter or frozen")
+    if reference.kind == "soup" and len(reference.models) < 2:
+        raise UserError("reference: kind = soup needs reference.models, a list of two or more checkpoints")
+    belongs = {"rate": "ema", "period": "ema", "models": "soup"}
+    for name, kind in belongs.items():
+        if vars(reference)[name] not in (None, ()) and reference.kind != kind:
+            raise UserError(f"reference.{name} is for kind = {kind} and would be ignored by {reference.kind}; leave it out")
+    if reference.model is not None and reference.kind == "soup":
+        raise UserError("reference.model would be ignored by kind = soup, which reads reference.models; leave it out")
 
 
 def _refuse_teacher(run: Run) -> None:
@@ -231,17 +271,48 @@ def _refuse_kept_teacher(teacher: TeacherConfig) -> None:
             raise UserError(f"teacher.{name} is for kind = {meant} and would be ignored by {teacher.kind}; leave it out")
 
 
+_OF_DISTILLATION = ("student", "teacher", "corrections")
+"""Settings of rollouts that online methods do not have; they have the others."""
+
+
 def _refuse_rollouts(run: Run) -> None:
-    if run.rollouts == RolloutsConfig():
+    method, plain = run.objective, RolloutsConfig()
+    given = [name for name, value in vars(run.rollouts).items() if value != vars(plain)[name]]
+    if method.online:
+        return _refuse_online(run, given)
+    if run.reward != RewardConfig():
+        raise UserError(f"reward: {method.name} learns from completions of the data and reads no reward; leave the section out")
+    if not given:
         if run.engine != EngineConfig() or run.sampling != SamplingConfig():
             raise UserError(
                 "engine, sampling: nothing is sampled; give rollouts.student or rollouts.teacher a share, or leave them out"
             )
         return
-    if not run.objective.reads_teacher:
-        raise UserError(
-            f"rollouts: {run.objective.name} compares completions of the data; methods of distillation take rollouts"
-        )
+    if not method.reads_teacher:
+        raise UserError(f"rollouts: {method.name} compares completions of the data; methods of distillation take rollouts")
+    if wrong := [name for name in given if name not in _OF_DISTILLATION]:
+        raise UserError(f"rollouts.{wrong[0]} is for online methods and would be ignored by {method.name}; leave it out")
+    _refuse_file(run)
+
+
+def _refuse_online(run: Run, given: Sequence[str]) -> None:
+    """What a method that samples its completions cannot do without, or would ignore."""
+    name = run.objective.name
+    if wrong := [setting for setting in given if setting in _OF_DISTILLATION]:
+        raise UserError(f"rollouts.{wrong[0]} is for methods of distillation and would be ignored by {name}; leave it out")
+    if not run.reward.scorers:
+        raise UserError(f"reward: {name} needs one, such as --reward vader, or {{name: answer, column: answer}}")
+    if run.sampling.temperature == 0:
+        raise UserError("sampling: temperature = 0 always writes the same completion, which nothing can be learned from")
+    if run.data.unpair:
+        raise UserError(f"data: unpair = true makes rows of completions; {name} reads prompts alone")
+    rounds = (run.rollouts.every or 1) * (run.rollouts.epochs or 1)
+    if rounds > 1 and str(run.train.get("ignore_data_skip", False)).lower() == "true":
+        raise UserError("train: ignore_data_skip would continue in the middle of a round of rollouts with other prompts")
+    _refuse_file(run)
+
+
+def _refuse_file(run: Run) -> None:
     if run.engine.kind == "file":
         raise UserError("engine: kind = file holds completions sampled before; give them as data. Possible here: hf, vllm")
 

@@ -19,7 +19,7 @@ from .recipe import Run
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 
-IDENTITY = ("objective", "model", "data", "reference", "teacher", "rollouts", "sampling", "layout")
+IDENTITY = ("objective", "model", "data", "reference", "teacher", "rollouts", "reward", "sampling", "layout")
 """The sections of a run that make it another run. Those left (train, engine, imports) may differ when one is continued."""
 
 

@@ -85,6 +85,11 @@ class Objective:
         return self.function(config, statistics)
 
     @property
+    def online(self) -> bool:
+        """Whether its data are prompts and its completions are sampled while it trains."""
+        return self.lesson is not None
+
+    @property
     def reads_teacher(self) -> bool:
         """Whether the reference it reads is a teacher: another model than the policy at its start, given as `teacher:`."""
         from .stats import Taught

@@ -77,10 +77,12 @@ def load(
     where: str,
     *,
     ended: bool = True,
+    stored: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None, Report]:
     """Rows to train on, rows to evaluate on, and the report; see `data.load`."""
-    parts = [_open(config, one, tokenizer, roles, columns, where, ended=ended) for one in sources]
-    other = None if asked is None else _open(config, asked, tokenizer, roles, columns, f"{where}.eval", ended=ended)
+    more = {"ended": ended, "stored": stored}
+    parts = [_open(config, one, tokenizer, roles, columns, where, **more) for one in sources]
+    other = None if asked is None else _open(config, asked, tokenizer, roles, columns, f"{where}.eval", **more)
     if other and other.tally.name in [part.tally.name for part in parts]:
         raise UserError(f"{where}.eval: {other.tally.name} is trained on; give another split, or use eval_size")
     weights = [one.weight for one in sources]
@@ -98,6 +100,7 @@ def _open(
     where: str,
     *,
     ended: bool,
+    stored: bool,
 ) -> Opened:
     where = f"{where} {source.name}"
     raw, split = open_source(source.name, subset=source.subset, split=source.split, streaming=config.streaming, where=where)
@@ -126,6 +129,7 @@ def _open(
         truncate=config.too_long == "truncate_prompt",
         keep_identical=config.identical == "keep",
         ended=ended,
+        source=stored,
     )
     ids = List(Value("int32"))
     features = Features(
@@ -134,6 +138,7 @@ def _open(
         | dict.fromkeys(MARKS, Value("bool"))
         | dict.fromkeys(LENGTHS, Value("int32"))
         | dict.fromkeys(columns, Value("float32"))
+        | ({"source": Value("string")} if stored else {})
     )
     name = "/".join(part for part in (source.name, source.subset) if part) + f" ({split})"
     tally = Tally(name, str(layout), layout.mapping, config.max_length, config.streaming)

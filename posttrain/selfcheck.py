@@ -8,7 +8,6 @@ A mismatch stops the run with both numbers, except that `layout: auto` falls bac
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,7 @@ class SelfCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare; raise UserError with the numbers on a mismatch."""
         trainer = self.trainer
-        rows = list(itertools.islice(iter(trainer.train_dataset), _ROWS))
+        rows = trainer.first_rows(_ROWS)
         with trainer.compute_loss_context_manager():
             scores = trainer.objective.scores
             layout, error = choose_layout(trainer.model, rows, trainer.roles, trainer.layout, trainer.impl, scores=scores)

@@ -50,23 +50,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """Where the reference's log-probs come from."""
-
-    kind: Literal["auto", "frozen", "adapter", "cached"] = "auto"
-    """frozen: a second model; adapter: the policy with its adapter off; cached: log-probs computed once and kept on disk.
-    auto: adapter where one is trained, frozen otherwise."""
-
-    model: str | None = None
-    """Hub id or folder of the reference; None is the policy as it starts."""
-
-    cache: str | None = None
-    """Folder of cached log-probs; None is $POSTTRAIN_CACHE or ~/.cache/posttrain."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TeacherModel:
-    """One of several teachers."""
+    """One of several teachers, or of the checkpoints that a reference is the mean of."""
 
     __pydantic_config__ = STRICT
 
@@ -74,7 +59,7 @@ class TeacherModel:
     """Hub id or folder of a causal language model, of any size and width."""
 
     weight: Positive = 1.0
-    """Its share in the loss, in proportion to the others'."""
+    """Its share in the loss, or in the mean of weights, in proportion to the others'."""
 
     revision: str | None = None
     """Branch, tag or commit on the hub; None is the default branch."""
@@ -88,6 +73,31 @@ def _listed(got: Any) -> Any:
 
 TeacherModels = Annotated[tuple[TeacherModel, ...], BeforeValidator(_listed), WithJsonSchema({"type": "string"})]
 """A name, {name, weight, revision}, or a list of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Where the reference's log-probs come from."""
+
+    kind: Literal["auto", "frozen", "adapter", "cached", "ema", "soup"] = "auto"
+    """frozen: a second model; adapter: the policy with its adapter off; cached: log-probs computed once and kept on disk; ema: a
+    second model that follows the policy as a moving average of its weights; soup: a second model whose weights are the mean of
+    several checkpoints' (SALSA). auto: adapter where one is trained, frozen otherwise."""
+
+    model: str | None = None
+    """Hub id or folder of the reference; None is the policy as it starts."""
+
+    cache: str | None = None
+    """Folder of cached log-probs; None is $POSTTRAIN_CACHE or ~/.cache/posttrain."""
+
+    rate: Annotated[float, Gt(0), Le(1)] | None = None
+    """ema: share of the policy at each update, reference <- (1 - rate) reference + rate policy; 0.01 when absent."""
+
+    period: PositiveInt | None = None
+    """ema: optimizer steps from one update to the next; 1 when absent."""
+
+    models: TeacherModels = ()
+    """soup: two or more checkpoints, as hub ids, folders or {name, weight, revision}; weights are shares, equal when absent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,17 +292,27 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutsConfig:
-    """Whose completions a distillation learns from, where not from those of the data."""
+    """Which completions the models write themselves: of a distillation, where not the data's are learned from; of an online
+    method, which learns from nothing else, how many and how often."""
 
     student: Probability = 0.0
-    """Share of the steps whose completions the student samples itself, anew each time: on-policy distillation."""
+    """Distillation: share of the steps whose completions the student samples itself, anew each time."""
 
     teacher: Probability = 0.0
-    """Share of the steps whose completions the teacher samples (of several, the first)."""
+    """Distillation: share of the steps whose completions the teacher samples (of several, the first)."""
 
     corrections: NonNegativeInt = 0
-    """How often the teacher corrects the token of a student's completion at which they differ most, before the student writes
-    on from there (SCRG)."""
+    """Distillation: how often the teacher corrects the token of a student's completion at which they differ most, before the
+    student writes on from there (SCRG)."""
+
+    group_size: PositiveInt | None = None
+    """Online methods: completions of each prompt, which are compared with each other; 8 when absent."""
+
+    every: PositiveInt | None = None
+    """Online methods: optimizer steps whose prompts are sampled at once, with the same weights: a round; 1 when absent."""
+
+    epochs: PositiveInt | None = None
+    """Online methods: how often a round is learned from before the next is sampled; 1 when absent."""
 
     def __post_init__(self) -> None:
         if self.student + self.teacher > 1:
@@ -301,3 +321,29 @@ class RolloutsConfig:
             )
         if self.corrections and not self.student:
             raise ValueError("corrections are of the student's completions; give student a share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What completions are worth: the weighted sum of what scorers say."""
+
+    scorers: tuple[dict[str, Any], ...] = ()
+    """A scorer's name (length, regex, format, answer, vader, model, or module:function of your own), {name, weight, and its
+    settings}, or a list of these, whose scores are added with their weights (1 when absent)."""
+
+    heldout: dict[str, Any] | None = None
+    """A scorer that is only logged: where it falls while the reward grows, the reward is being gamed."""
+
+
+def reward_values(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `reward` of a recipe, in any of the forms it may be written in, as values of `RewardConfig`."""
+    values = dict(written)
+    heldout = values.pop("heldout", None)
+    scorers = values.pop("scorers", None)
+    if scorers is None:
+        name = values.pop("name", None)
+        several = isinstance(name, list | tuple)
+        scorers = list(name) if several else [{"name": name, **values}] if name is not None or values else []
+        values = values if several else {}
+    found = [{"name": one} if isinstance(one, str) else one for one in scorers]
+    return {**values, "scorers": found, "heldout": {"name": heldout} if isinstance(heldout, str) else heldout}

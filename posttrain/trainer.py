@@ -7,6 +7,7 @@ tokens), over accumulation steps and processes alike: `get_batch_samples` sees e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import context, learned
+from .experience import token_columns_of
 from .faults import NonFinite, Policy
 from .foreign import Foreign, Retold
 from .inside import refuse_unknown
@@ -33,7 +35,7 @@ from .registry import Objective
 from .schema import UserError
 from .scores import Scores
 from .selfcheck import SelfCheck
-from .stats import Completions, Inside, Loss, bound, columns_of, roles_of
+from .stats import Completions, Inside, Loss, Want, bound, columns_of, roles_of
 from .teacher_cache import CachedTeacher
 from .trees import Collator, TreeCollator, attention_scale, row_multiple
 from .vocabulary import DROPPED
@@ -53,6 +55,7 @@ class Trainer(transformers.Trainer):
         impl: implementation of the kernel (`auto`, `dense`, `chunked`, `fused`).
         retell: makes the collator of a teacher that has another tokenizer from the student's.
         nonfinite: what to do about a loss or gradient that is not finite; faults.py.
+        temperature: of the policy and the reference: both logits are divided by it.
         kwargs: those of `transformers.Trainer`.
 
     Raises:
@@ -75,10 +78,13 @@ class Trainer(transformers.Trainer):
         impl: str = "auto",
         retell: Callable[[TreeCollator], Retold] | None = None,
         nonfinite: Policy = "stop",
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        self.temperature = temperature
         self.objective, self.config, self.reference, self.impl = objective, config, reference, impl
         self.roles, self.columns = roles_of(objective.family), columns_of(objective.family)
+        self.tokens = token_columns_of(objective.family)
         self.early_roles = [*early_roles(objective), *objective.before_reads]
         want = objective.want(config)
         self.inside = tuple(entry for entry in want if isinstance(entry, Inside))
@@ -129,7 +135,7 @@ class Trainer(transformers.Trainer):
         lookup = self.reference.lookup if isinstance(self.reference, CachedLogps | CachedTeacher) else None
         rows = {"attention_scale": attention_scale(self.model_config), "multiple": row_multiple(self.model_config)}
         whole = self.objective.scores
-        main = TreeCollator(self.roles, self.columns, layout=layout, reference=lookup, whole=whole, **rows)
+        main = TreeCollator(self.roles, self.columns, layout, self.tokens, lookup, whole=whole, **rows)
         early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None
         retold = None if self.retell is None else self.retell(dataclasses.replace(main, columns=()))
         return Collator(main, early, retold)
@@ -142,16 +148,9 @@ class Trainer(transformers.Trainer):
         scalars, roles = context.read(batch), self.roles
         if early and self.early_roles:
             batch, roles = Collator.early_part(batch), self.early_roles
-        inner = self.accelerator.unwrap_model(model)
-        inputs = model_inputs(inner, batch, self.data_collator.layout)
-        request = Request(
-            gather=batch["gather"], targets=batch["targets"], want=tuple(bound(self.want, scalars)), impl=self.impl
-        )
-        request = self._referring(request, inner, batch)
-        if self.own is not None:
-            request = dataclasses.replace(request, lengths=torch.cat([batch[f"lengths.{role}"] for role in roles]))
-        answer = {**request.given, **model(**inputs, statistics=request)}
+        request, answer = self._read(model, batch, roles, tuple(bound(self.want, scalars)))
         columns = {name: batch[f"row.{name}"] for name in self.columns}
+        columns |= {name: batch[f"token.{name}"] for name in self.tokens}
         first, *others = [
             self.objective.family(
                 **{**dict.fromkeys(self.roles), **self._completions(roles, batch, said), **columns}, context=scalars
@@ -159,6 +158,20 @@ class Trainer(transformers.Trainer):
             for said in by_reference(answer, len(request.refs))
         ]
         return dataclasses.replace(first, others=others) if others else first
+
+    def _read(
+        self, model: nn.Module, batch: dict[str, Tensor], roles: Sequence[str], want: tuple[Want, ...]
+    ) -> tuple[Request, dict[str, Tensor]]:
+        """What was asked of the model about the tokens of a batch, and what it and the reference say."""
+        inner = self.accelerator.unwrap_model(model)
+        inputs = model_inputs(inner, batch, self.data_collator.layout)
+        request = Request(
+            gather=batch["gather"], targets=batch["targets"], want=want, impl=self.impl, temperature=self.temperature
+        )
+        request = self._referring(request, inner, batch)
+        if self.own is not None:
+            request = dataclasses.replace(request, lengths=torch.cat([batch[f"lengths.{role}"] for role in roles]))
+        return request, {**request.given, **model(**inputs, statistics=request)}
 
     def _referring(self, request: Request, inner: nn.Module, batch: dict[str, Tensor]) -> Request:
         """The request with what the reference has to say of its tokens: its output head, or its log-probs."""
@@ -171,6 +184,7 @@ class Trainer(transformers.Trainer):
         if self.needs_reference_head:
             asked = dataclasses.replace(request, want=(), inside=self.inside)
             heads, given = self.reference.heads(inner, batch, layout, asked)
+            heads = tuple(dataclasses.replace(head, temperature=self.temperature) for head in heads)
             # A teacher with another tokenizer has no log-prob of the student's token.
             more = () if self.retell is not None else ("ref_logp",)
             return dataclasses.replace(request, refs=heads, want=(*request.want, *more), given=given)
@@ -234,6 +248,10 @@ class Trainer(transformers.Trainer):
     def learned_from(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The micro-batches of a step as it learns from them: those of the data."""
         return batches
+
+    def first_rows(self, count: int) -> list[dict[str, Any]]:
+        """Rows to check the model with before it trains: the first of the data."""
+        return list(itertools.islice(iter(self.train_dataset), count))
 
     def scalars(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The context of the rows of all processes in `batches`, as entries of a batch: progress, running means, and the means

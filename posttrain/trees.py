@@ -68,6 +68,7 @@ class TreeCollator:
       token. Role after role, within a role completion after completion in the order of the rows.
     - `lengths.<role>` [B]: tokens of each completion.
     - `row.<column>` [rows]: the column, in the dtype of its numbers.
+    - `token.<name>` [N]: the numbers of each token, of which a row holds under the same name [T] for each completion.
     - What `reference` gives, if it is given, [N] or [N, k], in its dtype.
     """
 
@@ -79,6 +80,9 @@ class TreeCollator:
 
     layout: Layout = "tree"
     """`tree` shares a prompt among its completions and packs trees into rows; `separate` gives every completion a row."""
+
+    tokens: Sequence[str] = ()
+    """Numbers per token that the objective reads, of rows with one role."""
 
     reference: Lookup | None = None
     """What was kept of the reference for a prompt and a completion, by name, the first dimension being the completion's tokens:
@@ -107,6 +111,9 @@ class TreeCollator:
         batch |= self._lay(self._units(prompts, owners, completions), completions)
         for column in self.columns:
             batch[f"row.{column}"] = torch.tensor([row[column] for row in rows])  # [rows]
+        for name in (f"token.{name}" for name in self.tokens):
+            values = [torch.as_tensor(one) for row in rows for one in row[name]]
+            batch[name] = torch.cat([torch.empty(0, dtype=values[0].dtype if values else None), *values])  # [N]
         if self.reference is not None:
             asked = [(rows[owner]["prompt"], ids.tolist()) for owner, ids in zip(owners, completions, strict=True)]
             asked = asked or [([], [])]

@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, tiny
 from transformers import TrainingArguments
 
+from posttrain.experience import token_columns_of
 from posttrain.leave import leave
 from posttrain.mismatch import Mismatched, early_roles, lenders
 from posttrain.models import attach
@@ -112,6 +113,9 @@ def rows_for(objective: Objective, count: int = STEPS * ROWS_A_STEP) -> Sequence
         | {column: int(generator.integers(2)) for column in columns_of(objective.family)}
         for _ in range(count)
     ]
+    for row in rows if token_columns_of(objective.family) else ():
+        sizes = [len(completion) for completion in row["completion"]]
+        row |= {f"token.{name}": [generator.normal(size=n) for n in sizes] for name in token_columns_of(objective.family)}
     early = early_roles(objective)
     return Mismatched(rows, lenders([row["prompt"] for row in rows], 0, "rows"), early, 64) if early else rows
 

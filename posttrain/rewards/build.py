@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..schema import UserError, parse, suggest
+from ..settings import RewardConfig
 from .judges import PairPreference, RewardModel
 from .rules import Answer, Format, Length, Regex, Vader
-from .scorer import Preference, Scorer, bradley_terry
+from .scorer import Preference, Reward, Scorer, bradley_terry
 
 SCORERS: dict[str, type] = {
     "length": Length,
@@ -41,6 +43,26 @@ def scorer(values: Mapping[str, Any] | str, where: str = "reward") -> Scorer:
         possible = [*SCORERS, "module:function"]
         raise UserError(f"{where}.name = {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}")
     return Scorer(name, parse(SCORERS[name], settings, where))
+
+
+def reward(config: RewardConfig, where: str = "reward") -> Reward:
+    """The reward that settings describe: scorers with weights, and one that is only logged. Two of one name are told apart by
+    their number: `length`, `length 2`.
+
+    Raises:
+        UserError: as `scorer`; or a weight that is no finite number.
+    """
+    parts: list[tuple[Scorer, float]] = []
+    for number, values in enumerate(config.scorers):
+        place = where if len(config.scorers) == 1 else f"{where}[{number}]"
+        weight = values.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UserError(f"{place}.weight = {weight!r}: a finite number is expected")
+        one = scorer({key: value for key, value in values.items() if key != "weight"}, place)
+        before = sum(other.name.split(" ")[0] == one.name for other, _ in parts)
+        parts.append((one if not before else Scorer(f"{one.name} {before + 1}", one.score), float(weight)))
+    heldout = None if config.heldout is None else scorer(config.heldout, f"{where}.heldout")
+    return Reward(tuple(parts), heldout)
 
 
 def preference(values: Mapping[str, Any] | str, where: str = "preference") -> Preference:

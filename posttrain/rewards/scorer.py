@@ -67,6 +67,42 @@ class Scorer:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a reward says of completions."""
+
+    total: list[float]
+    """The weighted sum of the scores."""
+
+    parts: dict[str, list[float]]
+    """What each scorer says, by its name, without its weight."""
+
+    heldout: list[float] | None
+    """What the scorer says that is only logged."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The weighted sum of scorers, and one beside them that nothing is learned from."""
+
+    parts: tuple[tuple[Scorer, float], ...]
+    """Each scorer with its weight; names are unique."""
+
+    heldout: Scorer | None = None
+    """Only logged."""
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[str], rows: Sequence[Row]) -> Scored:
+        """The scores of each completion.
+
+        Raises:
+            UserError: as `Scorer`.
+        """
+        said = {one.name: one(prompts, completions, rows) for one, _ in self.parts}
+        weights = [weight for _, weight in self.parts]
+        total = [math.fsum(w * s for w, s in zip(weights, scores, strict=True)) for scores in zip(*said.values(), strict=True)]
+        return Scored(total, said, None if self.heldout is None else self.heldout(prompts, completions, rows))
+
+
+@dataclass(frozen=True)
 class Preference:
     """A preference between two completions; P(a > b) + P(b > a) = 1, whatever order it is asked in."""
 
