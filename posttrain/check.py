@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainingArguments
 
-from . import console, learned, memory, references, teacher_fill, teachers
+from . import console, learned, memory, references, teacher_fill, teachers, trainers
 from .checkpoints import checkpoint_to_resume
 from .data import Loaded
 from .models import add_adapter, bf16_available, load_config, parameter_counts
@@ -28,7 +28,9 @@ def check(run: Run) -> None:
     """
     quiet_libraries()
     require_extras(run)
+    references.kind_of(run)
     teacher_fill.refuse(run)
+    trainers.refuse(run)
     run, args = settle(run)
     tokenizer = tokenizer_of(run)
     loaded = load_data(run, args, tokenizer)

@@ -102,6 +102,12 @@ class OnlineTrainer(Trainer):
                 self._engines[writer] = HFEngine(model, self.sampling, ends=self.ends, pad=self.pad)
         return self._engines[writer]
 
+    def release(self) -> None:
+        """End the engines."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
     def _teaching(self) -> contextlib.AbstractContextManager[Any]:
         """While the teacher writes: the adapter off, where it is the student without one."""
         if isinstance(self.reference.members[0], AdapterOff):

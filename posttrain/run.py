@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,21 +20,16 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from . import card, console, data, learned, memory, references, teacher_fill, teachers
+from . import card, console, data, learned, memory, references, teacher_fill, teachers, trainers
 from .arguments import WHERE_AVAILABLE
 from .checkpoints import Checkpoints, Stopped, checkpoint_to_resume, occupy, refuse_other_processes
-from .engines.build import build as build_engine
-from .engines.build import ends_of
-from .engines.rollout import Engine
 from .faults import writing
 from .foreign import Retold
 from .mismatch import early_roles, with_mismatches
 from .models import bf16_available, dtypes, load_config, parameter_counts
-from .online import OnlineTrainer
 from .recipe import Run, load_run
 from .records import Records
 from .schema import UserError
-from .settings import RolloutsConfig
 from .stats import columns_of, roles_of
 from .trained import base_of, model_of, tokenizer_of
 from .trainer import Trainer
@@ -92,6 +87,7 @@ def prepare(run: Run) -> Prepared:
     require_extras(run)
     references.kind_of(run)
     teacher_fill.refuse(run)
+    trainers.refuse(run)
     run, args = settle(run)
     lock = occupy(Path(args.output_dir)) if args.process_index == 0 else None
     checkpoint = checkpoint_to_resume(run)
@@ -107,7 +103,7 @@ def prepare(run: Run) -> Prepared:
         reference = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
     else:
         reference = references.build(run, args, model, loaded) or teachers.build(run, common)
-    trainer = _trainer(
+    trainer = trainers.build(
         run,
         tokenizer,
         objective=teachers.weighted(run.objective, teachers.weights(run)) if run.objective.reads_teacher else run.objective,
@@ -131,21 +127,6 @@ def prepare(run: Run) -> Prepared:
     return Prepared(run, args, tokenizer, loaded, model, trainer, checkpoint, checkpoints, lock)
 
 
-def _trainer(run: Run, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Trainer:
-    """The trainer of a run: one with rollouts where it has such."""
-    if run.rollouts == RolloutsConfig():
-        return Trainer(**kwargs)
-
-    def engine(policy: Callable[[], nn.Module]) -> Engine:
-        folder = Path(run.train["output_dir"]) / ".weights"
-        compute = trainer.compute_loss_context_manager
-        return build_engine(run.engine, run.sampling, run.model, tokenizer, model=policy, folder=folder, compute=compute)
-
-    ends, pad = ends_of(run.model, tokenizer), tokenizer.pad_token_id
-    trainer = OnlineTrainer(rollouts=run.rollouts, sampling=run.sampling, engine=engine, ends=ends, pad=pad, **kwargs)
-    return trainer
-
-
 def execute(run: Run) -> Prepared:
     """Train, evaluate and save a run, and say so.
 
@@ -167,6 +148,7 @@ def execute(run: Run) -> Prepared:
     if prepared.checkpoints.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step}; the same command continues from the checkpoint there")
     final = _final_evaluation(prepared)
+    trainer.release()
     with writing(Path(args.output_dir)):
         export(prepared)
     if args.process_index == 0:
@@ -192,9 +174,10 @@ def load_data(run: Run, args: TrainingArguments, tokenizer: PreTrainedTokenizerB
     Raises:
         UserError: the data is wrong, or does not fit `train:`.
     """
-    roles, columns = roles_of(run.objective.family), columns_of(run.objective.family)
+    online, columns = run.objective.online, columns_of(run.objective.family)
     with args.main_process_first(desc="tokenise"):
-        loaded = data.load(run.data, tokenizer, roles, columns, ended=not run.objective.scores)
+        roles = () if online else roles_of(run.objective.family)
+        loaded = data.load(run.data, tokenizer, roles, columns, ended=not run.objective.scores, source=online)
     if run.data.streaming and args.max_steps <= 0:
         raise UserError("train: max_steps is required with data.streaming, whose end nobody knows")
     positions = load_config(run.model).get_text_config().to_dict().get("max_position_embeddings")
@@ -222,6 +205,12 @@ def _refuse_beyond_positions(run: Run, loaded: data.Loaded, positions: int | Non
     """A row longer than the model's positions is an index error for some models and noise for the others."""
     tallies = [*loaded.report.train, *([loaded.report.eval] if loaded.report.eval else [])]
     longest = max(min(tally.max_length, tally.lengths["tokens"][-1]) for tally in tallies)
+    new = run.sampling.max_new_tokens if run.objective.online else 0
+    if positions and new and longest + new > positions:
+        raise UserError(
+            f"data: prompts of up to {longest} tokens and sampling.max_new_tokens = {new} are more than the {positions} "
+            f"positions of {run.model.name}; --data.max_length {max(positions - new, 2)} or fewer new tokens fit"
+        )
     if positions and longest > positions:
         raise UserError(
             f"data: max_length = {run.data.max_length} lets {longest} tokens through and {run.model.name} has {positions} "

@@ -67,7 +67,10 @@ class SelfCheck(TrainerCallback):
         trainer = self.trainer
         batch = {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}
         statistics = trainer.statistics(trainer.model, batch | trainer.scalars([batch]))
-        value = trainer.objective(trainer.config, statistics).values.mean().item()
+        online = trainer.objective.online  # nothing was sampled yet that a loss could be of
+        if online and not trainer.starts_at_reference:
+            return
+        value = 0.0 if online else trainer.objective(trainer.config, statistics).values.mean().item()
         if not trainer.starts_at_reference:
             self.report["start"] = f"loss {value:.4f}, the {self._other} being another model"
             return
@@ -79,6 +82,9 @@ class SelfCheck(TrainerCallback):
                 f"self-check: the policy is not trained yet, but its log-probs differ from the {self._other}'s by {apart:.3g} "
                 f"nats (allowed {allowed:.3g}); the {self._other} is {trainer.reference.description}"
             )
+        if online:
+            self.report["start"] = f"log-probs within {apart:.1e} nats of the {self._other}'s"
+            return
         equal = _at_reference(statistics)
         if trainer.objective.before is not None:
             early = _at_reference(trainer.statistics(trainer.model, batch, early=True))

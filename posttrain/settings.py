@@ -80,8 +80,8 @@ class ReferenceConfig:
     """Where the reference's log-probs come from."""
 
     kind: Literal["auto", "frozen", "adapter", "cached", "ema", "soup"] = "auto"
-    """frozen: a second model; adapter: the policy with its adapter off; cached: log-probs computed once and kept on disk; ema: a
-    second model that follows the policy as a moving average of its weights; soup: a second model whose weights are the mean of
+    """frozen: a second model; adapter: the policy with its adapter off; cached: log-probs computed once and kept on disk; ema:
+    a second model, a moving average of the policy; soup: a second model whose weights are the mean of
     several checkpoints' (SALSA). auto: adapter where one is trained, frozen otherwise."""
 
     model: str | None = None

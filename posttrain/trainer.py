@@ -249,6 +249,9 @@ class Trainer(transformers.Trainer):
         """The micro-batches of a step as it learns from them: those of the data."""
         return batches
 
+    def release(self) -> None:
+        """Give back what training needed beside the model: nothing."""
+
     def first_rows(self, count: int) -> list[dict[str, Any]]:
         """Rows to check the model with before it trains: the first of the data."""
         return list(itertools.islice(iter(self.train_dataset), count))

@@ -23,11 +23,12 @@ LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs", "methods", "launch"},
     {"run", "check", "sample", "precompute"},
-    {"card", "checkpoints", "records", "console", "memory", "references", "teachers", "teacher_fill"},
-    {"online"},
+    {"card", "checkpoints", "records", "console", "memory", "references", "teachers", "teacher_fill", "trainers"},
+    {"online", "steps"},
     {"trainer"},
     {"selfcheck"},
-    {"teacher_cache", "teacher_server"},
+    {"teacher_cache", "teacher_server", "transcript"},
+    {"rounds"},
     {"reference", "engines", "rewards", "learned", "foreign", "faults"},
     {"trained"},
     {"scoring"},
@@ -173,7 +174,7 @@ def test_importing_posttrain_loads_nothing() -> None:
     assert got.stdout.strip() == "['posttrain']"
 
 
-TRAINERS = [path for path in (PACKAGE / f"{name}.py" for name in ("trainer", "online")) if path.exists()]
+TRAINERS = [path for path in (PACKAGE / f"{name}.py" for name in ("trainer", "online", "steps")) if path.exists()]
 
 
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.name)
@@ -189,7 +190,8 @@ def test_trainers_use_public_members_of_transformers_only(path: Path) -> None:
 METHODLESS = [
     path
     for path in (
-        PACKAGE / f"{name}.py" for name in ("trainer", "online", "reference", "models", "trees", "selfcheck", "meter", "stats")
+        PACKAGE / f"{name}.py"
+        for name in ("trainer", "online", "steps", "rounds", "reference", "models", "trees", "selfcheck", "meter", "stats")
     )
     if path.exists()
 ]

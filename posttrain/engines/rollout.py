@@ -144,12 +144,21 @@ def probe(rollouts: Sequence[Rollout], trainer: Sequence[Sequence[float]], where
     """
     pairs = [pair for one, ours in zip(rollouts, trainer, strict=True) for pair in zip(one.logps or (), ours, strict=True)]
     gap = sum(math.exp(abs(theirs - ours)) for theirs, ours in pairs) / len(pairs)
+    judge(gap, where)
+    return gap
+
+
+def judge(gap: float, where: str) -> None:
+    """Warn or stop where an engine's log-probs are off the trainer's by a factor of `gap` a token; see `probe`.
+
+    Raises:
+        UserError: engine and trainer cannot have the same weights.
+    """
     said = f"{where}: its log-probs are off the trainer's by a factor of {gap:.3g} a token"
     if gap > _STOP or math.isnan(gap):
         raise UserError(f"{said}; it samples from other weights, or otherwise than it says (1 is exact, {_STOP} is the limit)")
     if gap > _WARN:
         _log.warning("%s (1 is exact, below %s is usual): lower precision, or stale weights", said, _WARN)
-    return gap
 
 
 def truncation_warning(sampling: SamplingConfig) -> str | None:

@@ -93,10 +93,15 @@ class ServerEngine:
         assert self.export is not None and self.folder is not None, "sync needs export and folder"
         self.export(self.folder)
         self._synced = version
-        state = PartialState()
-        if state.is_main_process:
-            self._load()
-        state.wait_for_everyone()
+        wrong = None
+        if PartialState().is_main_process:
+            try:
+                self._load()
+            except EngineError as error:
+                wrong = str(error)
+        (wrong,) = broadcast_object_list([wrong])  # or the others would wait for the first one forever
+        if wrong is not None:
+            raise EngineError(wrong)
 
     def close(self) -> None:
         """Close the connections; the server is its owner's."""

@@ -1,0 +1,59 @@
+"""Which trainer a run has: one that learns from the data, from rollouts beside a teacher, or from rounds of rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .engines.build import build as build_engine
+from .engines.build import ends_of
+from .engines.build import refuse as refuse_engine
+from .engines.rollout import Engine
+from .online import OnlineTrainer
+from .recipe import Run
+from .rewards.build import reward
+from .settings import RolloutsConfig
+from .steps import StepTrainer
+from .trainer import Trainer
+
+
+def refuse(run: Run) -> None:
+    """Refuse settings of engine and reward before anything is loaded.
+
+    Raises:
+        UserError: a setting that an engine would ignore, or a scorer that there is not.
+    """
+    refuse_engine(run.engine)
+    if run.objective.online:
+        reward(run.reward)
+
+
+def build(run: Run, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Trainer:
+    """The trainer of a run.
+
+    Args:
+        run: its settings.
+        tokenizer: of the policy.
+        kwargs: those of `Trainer`.
+
+    Raises:
+        UserError: as `Trainer`; or a reward that cannot be had.
+    """
+    if not run.objective.online and run.rollouts == RolloutsConfig():
+        return Trainer(**kwargs)
+
+    def engine(policy: Callable[[], nn.Module]) -> Engine:
+        folder = Path(run.train["output_dir"]) / ".weights"
+        compute = trainer.compute_loss_context_manager
+        return build_engine(run.engine, run.sampling, run.model, tokenizer, model=policy, folder=folder, compute=compute)
+
+    sampled = {"rollouts": run.rollouts, "sampling": run.sampling, "engine": engine, **kwargs}
+    if run.objective.online:
+        trainer: Trainer = StepTrainer(reward=reward(run.reward), **sampled)
+    else:
+        trainer = OnlineTrainer(ends=ends_of(run.model, tokenizer), pad=tokenizer.pad_token_id, **sampled)
+    return trainer

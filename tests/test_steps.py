@@ -1,0 +1,230 @@
+"""Rounds of rollouts inside the training step: what is learned from; splits, processes and interruptions change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from tiny_models import tiny
+
+from posttrain.loading import Plan
+from posttrain.recipe import load_run
+from posttrain.run import Prepared, prepare
+from posttrain.schema import UserError
+from posttrain.steps import StepTrainer
+from posttrain.transcript import distinct, read_transcript
+
+PROMPTS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and prompts with a further column."""
+    root, tokenizer = tmp_path_factory.mktemp("steps"), tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    rows = [{"prompt": f"ab {i}?", "bonus": i} for i in range(PROMPTS)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def run(folder: Path, output: Path, *more: str) -> Prepared:
+    words = {
+        "imports": "[sampled]",
+        "objective.name": "sampled",
+        "model": folder / "model",
+        "data": folder / "rows.jsonl",
+        "data.max_length": 200,
+        "reward": "sampled:spread",
+        "rollouts.group_size": 3,
+        "sampling.max_new_tokens": 6,
+        "train.output_dir": output,
+        "train.max_steps": 3,
+        "train.learning_rate": 1e-2,
+        "train.lr_scheduler_type": "constant",
+        "train.warmup_steps": 0,
+        "train.per_device_train_batch_size": 4,
+        "train.logging_steps": 1,
+        "train.use_cpu": "true",
+    }
+    return prepare(load_run(None, None, [*(f"{key}={value}" for key, value in words.items()), *more]))
+
+
+def trained(folder: Path, output: Path, *more: str, resume: str | None = None) -> Prepared:
+    prepared = run(folder, output, *more)
+    try:
+        prepared.trainer.train(resume_from_checkpoint=resume)
+    finally:
+        prepared.lock.release()
+    return prepared
+
+
+def logs(prepared: Prepared) -> list[dict[str, Any]]:
+    """What was logged at each step, but for the times."""
+    timed = ("tokens_per_second", "memory_gib")
+    return [
+        {key: value for key, value in line.items() if key not in timed}
+        for line in prepared.trainer.state.log_history
+        if "loss" in line
+    ]
+
+
+def test_a_round_is_sampled_scored_and_learned_from(folder: Path, tmp_path: Path) -> None:
+    prepared = trained(folder, tmp_path, "beta=0.1", "reward.weight=2", "reward.heldout=length")
+    assert isinstance(prepared.trainer, StepTrainer)
+    for step, line in enumerate(logs(prepared)):
+        assert line["ratio/max"] < 1e-5, "on the policy"
+        assert line["rollouts/mismatch/max"] == pytest.approx(1, abs=1e-4)
+        assert line["rollouts/version"] == step and line["lesson/all"] == 12
+        assert line["reward"] == pytest.approx(2 * line["reward/sampled:spread"])
+        assert (line["rollouts/kl"] == pytest.approx(0, abs=1e-5)) is (step == 0)
+        assert 1 <= line["rollouts/length"] <= 6 and 0 <= line["rollouts/finished"] <= 1
+    written = read_transcript(tmp_path)
+    assert [(line["step"], line["place"]) for line in written] == [(step, place) for step in range(3) for place in range(4)]
+    for line in written:
+        number = int(line["prompt"].split("ab ")[1].split("?")[0])
+        expected = [len(set(text)) + number for text in line["completions"]]
+        assert line["scores"] == {"sampled:spread": expected} and line["rewards"] == [2 * value for value in expected]
+        assert line["heldout"] == [len(text.split()) for text in line["completions"]] and line["learned_from"] == [True] * 3
+    mean = sum(value for line in written[:4] for value in line["rewards"]) / 12
+    assert logs(prepared)[0]["reward"] == pytest.approx(mean)
+
+
+def test_how_a_step_is_split_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    more = ["beta=0.1", "drop=7", "rollouts.every=2", "data.limit=7", "train.max_steps=4"]
+    whole = trained(folder, tmp_path / "whole", *more)
+    sizes = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
+    split = trained(folder, tmp_path / "split", *more, *sizes)
+    assert read_transcript(tmp_path / "split") == read_transcript(tmp_path / "whole")
+    for one, other in zip(logs(split), logs(whole), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    kept = [line["rollouts/kept"] for line in logs(whole) if "rollouts/kept" in line]
+    assert len(kept) == 2 and all(0 < share < 1 for share in kept), "two rounds of two steps, with completions left out"
+
+
+def test_an_interrupted_run_goes_on_in_the_middle_of_its_round(folder: Path, tmp_path: Path) -> None:
+    """Two steps a round, learned from twice; the checkpoint after the third step holds the rest of the first round."""
+    more = ["beta=0.1", "rollouts.every=2", "rollouts.epochs=2", "train.max_steps=6", "train.save_steps=1"]
+    more += ["train.per_device_train_batch_size=2", "train.save_total_limit=9"]
+    whole = trained(folder, tmp_path, *more)
+    first, lines = logs(whole), (tmp_path / "rollouts.jsonl").read_bytes()
+    held = {path.parent.name for path in tmp_path.glob("checkpoint-*/round-0.safetensors")}
+    assert held == {f"checkpoint-{step}" for step in (1, 2, 3, 5, 6)}
+    (tmp_path / "rollouts.jsonl").write_bytes(lines + b'{"step": 4, "cut o')
+    resumed = trained(folder, tmp_path, *more, resume=str(tmp_path / "checkpoint-3"))
+    assert logs(resumed) == first
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == lines
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    apart = [line["ratio/max"] for line in first]
+    assert apart[0] < 1e-5 < min(apart[1:4]) and apart[4] < 1e-5, "on the policy only before the first update"
+    (tmp_path / "checkpoint-3" / "round-0.safetensors").unlink()
+    with pytest.raises(UserError, match="step 3 is in the middle of a round of rollouts"):
+        trained(folder, tmp_path, *more, resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_scorer_that_raises_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sampled
+
+    whole = trained(folder, tmp_path / "whole")
+    monkeypatch.setattr(sampled, "FAILS_AT", 2)
+    with pytest.raises(UserError, match=r"reward sampled:spread: row \d+ .*out of order; step 1 is saved"):
+        trained(folder, tmp_path / "cut")
+    assert (tmp_path / "cut" / "unscored-0.safetensors").is_file()
+    monkeypatch.setattr(sampled, "FAILS_AT", None)
+    prepared = run(folder, tmp_path / "cut")
+    asked = []
+    engine = prepared.trainer.engine
+    monkeypatch.setattr(prepared.trainer, "engine", lambda: Counted(engine(), asked))
+    prepared.trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    assert prepared.checkpoint == str(tmp_path / "cut" / "checkpoint-1") and asked == [2], "the round at step 1 was kept"
+    assert logs(prepared) == logs(whole)
+    assert read_transcript(tmp_path / "cut") == read_transcript(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "unscored-0.safetensors").is_file()
+
+
+class Counted:
+    """An engine that says when it samples."""
+
+    def __init__(self, engine: Any, asked: list[int]) -> None:
+        self.engine, self.asked = engine, asked
+
+    def sync(self, version: int) -> None:
+        self.engine.sync(version)
+
+    def generate(self, *args: Any, **more: Any) -> Any:
+        self.asked.append(self.engine.version)
+        return self.engine.generate(*args, **more)
+
+
+def test_prompts_are_held_out_to_evaluate_on(folder: Path, tmp_path: Path) -> None:
+    prepared = trained(folder, tmp_path, "data.eval_size=3", "train.eval_strategy=steps", "train.eval_steps=1")
+    found = [line for line in prepared.trainer.state.log_history if "eval_reward" in line]
+    assert len(found) == 3
+    assert all(line["eval_loss"] == pytest.approx(-line["eval_reward"]) and line["eval_length"] >= 1 for line in found)
+
+
+def test_a_round_of_which_nothing_is_kept(folder: Path, tmp_path: Path) -> None:
+    prepared = trained(folder, tmp_path, "drop=1e9", "train.max_steps=1")
+    assert logs(prepared)[0]["loss"] == 0 and logs(prepared)[0]["rollouts/kept"] == 0
+
+
+def test_a_temperature_is_that_of_the_engine_and_of_the_loss(folder: Path, tmp_path: Path) -> None:
+    prepared = trained(folder, tmp_path, "sampling.temperature=2.5", "beta=0.1")
+    assert all(line["rollouts/mismatch/max"] == pytest.approx(1, abs=1e-4) for line in logs(prepared))
+    assert logs(prepared)[0]["rollouts/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_every_prompt_of_an_epoch_is_in_one_step_of_one_round() -> None:
+    plan = Plan(batch_size=2, accumulation=3, processes=2, every=2, epochs=2)
+    batches = list(plan.batches(range(29)))
+    assert len(batches) == 3 * 2 * 3 * 2 and {len(batch) for batch in batches} == {4}
+    found = [row for batch in batches for row in batch if row is not None]
+    assert sorted(found) == list(range(29))
+    first = batches[:6]  # of the first step: three micro-batches for each of two processes, with the second step's rows
+    for number, batch in enumerate(first):
+        micro, process = divmod(number, 2)
+        assert batch == [plan.place(step, micro, process, at) for step in range(2) for at in range(2)]
+    assert not any(row is not None for batch in batches[6:24] for row in batch), "the rest of the round"
+    left = list(Plan(batch_size=2, accumulation=3, processes=2, every=2, epochs=2, drop_last=True).batches(range(29)))
+    assert len(left) == 2 * 2 * 3 * 2 and sum(row is not None for batch in left for row in batch) == 24
+
+
+def test_distinct_bigrams() -> None:
+    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == [2 / 4] and distinct([[1], [1]], 1) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["reward=nothing"], "reward.name = 'nothing'"),
+        (["reward=[{name: length, weight: a}]"], "reward.weight = 'a'"),
+        (["reward.heldout=regexp"], "reward.heldout.name = 'regexp'"),
+        (["rollouts.student=0.5"], "rollouts.student is for methods of distillation"),
+        (["sampling.temperature=0"], "temperature = 0 always writes the same"),
+        (["engine.kind=file", "engine.path=x"], "kind = file holds completions"),
+        (["engine.url=http://x"], "engine.url is for vllm server and would be ignored by hf"),
+        (["beta=1", "reference.kind=cached"], "none of their log-probs can be cached"),
+        (["reference.kind=frozen"], "sampled reads no reference"),
+        (["beta=1", "reference.rate=0.1"], "reference.rate is for kind = ema"),
+        (["beta=1", "reference.kind=soup"], "needs reference.models"),
+        (["sampling.max_new_tokens=300"], "are more than the 256 positions"),
+    ],
+)
+def test_mistakes(folder: Path, tmp_path: Path, words: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        run(folder, tmp_path, *words)
+
+
+def test_settings_that_another_method_would_ignore(folder: Path) -> None:
+    base = [f"model={folder / 'model'}", f"data={folder / 'rows.jsonl'}"]
+    with pytest.raises(UserError, match="reward: dpo learns from completions of the data"):
+        load_run("dpo", None, [*base, "reward=length"])
+    with pytest.raises(UserError, match=r"rollouts.group_size is for online methods"):
+        load_run("kd", None, [*base, "teacher=x", "rollouts.student=1", "rollouts.group_size=2"])
+    with pytest.raises(UserError, match="reward: sampled needs one"):
+        load_run("sampled", None, [*base, "imports=[sampled]"])
