@@ -347,10 +347,9 @@ class Loss:
     """[B] one loss a row, or [N] one a token of the role that `per` names."""
 
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Detached quantities of any length. Logged as the global mean of their elements; a name that ends in `/max` or `/min`
-    as the global maximum or minimum, in `/sum` as the global sum, in `/p10` (any two digits) as the global quantile, in `/std`
-    as the global standard deviation, in `/ess` as the effective sample size of weights, (sum of w)^2 / sum of w^2, as a share
-    of their number."""
+    """Detached quantities of any length, logged as the global mean of their elements; one that ends in `/max`, `/min`, `/sum`
+    or `/std` as the global maximum, minimum, sum or standard deviation, in `/p10` (any two digits) as the global quantile, in
+    `/ess` as the effective sample size of weights, (sum of w)^2 / sum of w^2, as a share of their number."""
 
     per: str = "row"
     """What the mean is over: `row`, or the name of a role (`chosen`, ...): all tokens of that role."""
