@@ -91,7 +91,7 @@ def test_optima_are_far_from_the_reference_and_from_each_other(there: World, opt
         assert claims.divergence(optimum, there.reference_logp) > 0.03, name
         apart = [abs(claims.divergence(optimum, other)) for other in optima.values()]
         assert all(one < 1e-10 or one > 1e-4 for one in apart), name
-        assert sum(one < 1e-10 for one in apart) <= 5, name
+        assert sum(one < 1e-10 for one in apart) <= 10, name
 
 
 # What is learned
@@ -102,6 +102,19 @@ def test_training_ends_at_the_fixed_point(case: Case, there: World, optima: dict
     learned = case.learn(there)
     assert claims.divergence(learned.logp, optima[case.name]) < 1e-6
     assert learned.slope < 2e-6
+
+
+def test_whitened_returns_have_the_direction_of_rloo(there: World) -> None:
+    """Whatever the policy, so REINFORCE++ rests where RLOO does; L-BFGS strays, as the scale moves with the policy."""
+    objective = find("rlhf")
+    for size in (0.0, 1.0):
+        table = there.reference + size * torch.randn(there.reference.shape, generator=torch.Generator().manual_seed(0))
+        slopes = []
+        for advantage in ("rloo", "reinforce_pp"):
+            leaf = table.clone().requires_grad_()
+            expected_loss(there, objective, objective.config(advantage=advantage, beta=1.0), leaf).backward()
+            slopes.append(leaf.grad.flatten())
+        assert torch.nn.functional.cosine_similarity(*slopes, dim=0) > 1 - 1e-12
 
 
 # Claims of the literature
@@ -134,3 +147,13 @@ def test_kto_follows_a_majority_that_dpo_does_not() -> None:
     reference, dpo, ipo, kto = (row["the majority's"] for row in claims.kto_follows_the_majority().rows)
     assert dpo == pytest.approx(0.2 * 1.5 / (0.2 * 1.5 + 0.8), abs=1e-4)
     assert reference < ipo < dpo < 0.5 < 0.99 < kto
+
+
+def test_where_the_kl_goes_decides_what_is_learned(there: World) -> None:
+    rows = claims.where_the_kl_goes(there).rows
+    short = {(row["beta"], row["KL in the"]): row["short of the maximum"] for row in rows}
+    for beta in (1.0, 0.25):
+        assert abs(short[beta, "reward, k1"]) < 1e-6
+        assert 1e-3 < short[beta, "loss, analytic"] < short[beta, "loss, k3"]
+    assert short[0.25, "loss, analytic"] == pytest.approx(0.0287, abs=1e-3)
+    assert short[0.25, "loss, k3"] == pytest.approx(0.0458, abs=1e-3)

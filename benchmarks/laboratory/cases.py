@@ -16,14 +16,17 @@ from posttrain.schema import parse
 from .learn import Learned, learn
 from .theory import (
     balanced,
+    best_of_two,
     centred,
     constrained,
     exponential_mean,
+    forward_step,
     generator,
     lower_mean,
     mean,
     per_token,
     scores,
+    step_by_step,
     tilted,
     token_values,
     winners,
@@ -202,6 +205,37 @@ def _kto(objective: str) -> Case:
     )
 
 
+def _rlhf(**settings: Any) -> Case:
+    """The KL in the reward: q exp(r / beta)."""
+    return _dpo("rlhf", detached=True, beta=1.0, **settings)
+
+
+def _kl_in_the_loss(estimate: str, fixed_point: str, best: Measure) -> Case:
+    """The policy answers for the KL of a token where it writes it, and not for that of later ones."""
+    return Case(
+        objective="rlhf",
+        settings={"beta": 1.0, "kl": "loss", "kl_estimate": estimate},
+        fixed_point=f"{fixed_point}, Q(y) = r / beta, Q(s) = E_policy Q(s v)",
+        optimum=lambda world: step_by_step(world, best),
+        detached=True,
+    )
+
+
+def tilted_step(values: Tensor, log_q: Tensor) -> Tensor:
+    """[P, V], [P, V] -> [P, V] log of argmax_p E_p values - KL(p || q)."""
+    return tilted(log_q, values)
+
+
+def _superhf(beta: float) -> Case:
+    return Case(
+        objective="superhf",
+        settings={"beta": beta},
+        fixed_point="(best of two of the policy + beta q) / (1 + beta), after every s",
+        optimum=lambda world: best_of_two(world, beta),
+        detached=True,
+    )
+
+
 CASES = [
     *map(_fdpo, ["reverse_kl", "forward_kl", "js", "alpha:0.3", "alpha:0.5", "jeffreys", "squared_hellinger", "chi2_kl"]),
     *map(_hdpo, [0.8, 1.2]),
@@ -258,6 +292,20 @@ CASES = [
         detached=True,
     ),
     *map(_kto, ["kto", "apo_zero_unpaired", "apo_zero"]),
+    _rlhf(),
+    _rlhf(kl_estimate="analytic"),
+    *(_rlhf(advantage=name) for name in ("dr_grpo", "opo")),
+    _rlhf(mean="sequences"),
+    *(_kl_in_the_loss(name, "q(v after s) exp(Q(s v))", tilted_step) for name in ("analytic", "k2", "ratio_k3")),
+    Case(
+        objective="rlhf",
+        settings={"beta": 1.0, "kl": "loss", "advantage": "dr_grpo"},
+        fixed_point="q(v after s) exp(Q(s v) / 2), Q as above: of two, the mean has half of the score itself",
+        optimum=lambda world: step_by_step(world, lambda values, log_q: tilted_step(values / 2, log_q)),
+        detached=True,
+    ),
+    _kl_in_the_loss("k3", "q(v after s) / (c - Q(s v))", forward_step),
+    *map(_superhf, [0.35, 1.0]),
 ]
 """In the order of the table."""
 
@@ -275,8 +323,9 @@ UNKNOWN = [
     _unknown("rpo", "pulled to the chosen responses besides", beta=1.0, nll="sum", eta=0.2),
     _unknown("cpo", "pulled to the chosen responses besides", beta=1.0),
     _unknown("orpo", "pulled to the chosen responses besides"),
+    _unknown("rlhf", "of two scores only the order is left", detached=True, beta=1.0, kl="loss", advantage="grpo"),
 ]
 """In the order of the table. Not here: `hinge` and `slic`, which are not smooth, so that no gradient vanishes where they rest;
 version 2 of `radpo`, as that of `tdpo`; `aot` and `aot_unpaired`, which are DPO on batches of one row and otherwise depend on
 the batch; `wpo_kto`, whose weights move KTO's threshold with the policy; `sparsepo` and `mapo`, whose masks read hidden states,
-which a table has not."""
+which a table has not; of `rlhf` reinforce_pp, whose gradient has the direction of rloo's, and gae, whose critic does, too."""

@@ -28,10 +28,10 @@ class Claim:
     rows: list[dict[str, Any]]
 
 
-def policy(world: World, objective: str, **settings: Any) -> Tensor:
-    """[P, n] log-probs of what a method learns."""
+def policy(world: World, objective: str, *, detached: bool = False, **settings: Any) -> Tensor:
+    """[P, n] log-probs of what a method learns; `detached` as in `learn`."""
     found = find(objective)
-    return learn(world, found, parse(found.config, settings, objective)).logp
+    return learn(world, found, parse(found.config, settings, objective), detached=detached).logp
 
 
 def divergence(first: Tensor, second: Tensor) -> float:
@@ -130,10 +130,33 @@ def kto_follows_the_majority() -> Claim:
     return Claim(statement, "Ethayarajh et al. 2024, arXiv:2402.01306", verdict, rows)
 
 
+def where_the_kl_goes(world: World) -> Claim:
+    """What RLHF with KL learns by where the KL goes, beside the maximum of E r - beta KL."""
+    rows = []
+    for beta in (1.0, 0.25):
+        optimum = tilted(world.reference_logp, world.reward / beta)
+        best = _regularised(world, optimum, beta)
+        for where, estimate in (("reward", "k1"), ("loss", "analytic"), ("loss", "k3")):
+            learned = policy(world, "rlhf", detached=True, beta=beta, kl=where, kl_estimate=estimate)
+            row = {"beta": beta, "KL in the": f"{where}, {estimate}", "reward": reward(world, learned)}
+            row |= {"KL(learned, reference)": divergence(learned, world.reference_logp)}
+            row |= {"KL(learned, q exp(r / beta))": divergence(learned, optimum)}
+            rows.append(row | {"short of the maximum": best - _regularised(world, learned, beta)})
+    exact, biased = rows[::3], [row for i, row in enumerate(rows) if i % 3]
+    holds = max(row["short of the maximum"] for row in exact) < 1e-6 < 1e-3 < min(row["short of the maximum"] for row in biased)
+    source = "A comedy of estimators 2025, arXiv:2512.21852"
+    statement = "KL in the reward maximises E r - beta KL, KL in the loss does not"
+    return Claim(statement, source, "it holds" if holds else "it does not hold", rows)
+
+
+def _regularised(world: World, logp: Tensor, beta: float) -> float:
+    return reward(world, logp) - beta * divergence(logp, world.reference_logp)
+
+
 def claims(world: World) -> list[Claim]:
     """All of them."""
     whole = [forward_kl_is_diverse(world), alpha_sets_the_entropy(world), kto_ignores_noise(world)]
-    return [*whole, kto_follows_the_majority()]
+    return [*whole, kto_follows_the_majority(), where_the_kl_goes(world)]
 
 
 def _spread(world: World, logp: Tensor) -> dict[str, float]:

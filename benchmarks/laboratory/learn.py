@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.experience import Experience
 from posttrain.registry import Objective
 from posttrain.stats import Loss, early_roles_of
 
@@ -17,13 +18,35 @@ from .world import World
 def expected_loss(world: World, objective: Objective, config: Any, table: Tensor) -> Tensor:
     """The mean loss of a step that holds every row in proportion to its probability.
 
+    The rows of an online objective are drawn from the policy as it is: groups of two, with the lesson of all of them at once.
+
     Args:
         table: [P * K, V] logits of the policy.
     """
+    if objective.lesson is not None:
+        return _expected_round(world, objective, config, table)
     statistics, weight = world.population(objective.family, objective.want(config), table)
     context = _context(world, objective, config, table, statistics, weight)
     loss = objective(config, dataclasses.replace(statistics, context=context))
     return sum(_mean(term, statistics, weight) for term in _terms(loss))
+
+
+def _expected_round(world: World, objective: Objective, config: Any, table: Tensor) -> Tensor:
+    rows, whole = world.groups, world.responses(table, objective.want(config))
+    one = rows.of(whole)
+    seen = Experience(
+        scores=world.reward.reshape(-1)[rows.number],
+        lengths=one.lengths,
+        group=2,
+        finished=torch.ones(len(one.lengths), dtype=torch.bool),
+        old_logps=one.logps.detach(),
+        reference_logps=one.reference_logps,
+        more={name: values.detach() for name, values in one.more.items()},
+    )
+    lesson = objective.lesson(config, seen)
+    statistics = objective.family(completion=one, **lesson.tokens)
+    weight = world.drawn(whole.logp.detach().view(world.prompts, -1)) * lesson.keep
+    return sum(_mean(term, statistics, weight) for term in _terms(objective(config, statistics)))
 
 
 def _context(

@@ -17,6 +17,9 @@ Generator = Callable[[Tensor], Tensor]
 _BISECTIONS, _BOUND = 45, 40.0
 """Roots are looked for between -40 and 40, to 1e-12."""
 
+_ITERATIONS = 2000
+"""At most."""
+
 
 def tilted(log_base: Tensor, score: Tensor) -> Tensor:
     """[P, n] log of the distribution proportional to base * exp(score)."""
@@ -122,6 +125,60 @@ def token_values(world: World, values: Tensor, risk: Callable[[Tensor, Tensor], 
         known[prefix] = risk(ahead, q[:, k])
         table[:, k] = q[:, k].log() + ahead
     return world.logp(table.view_as(world.reference))
+
+
+def step_by_step(world: World, best: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """log of the policy that at every prefix weighs the mean reward it comes to against its distance from the reference there,
+    and leaves out how far later tokens will be from it.
+
+    Args:
+        best: (mean reward after each token [P, V], log q [P, V]) -> log-probs [P, V] of the token.
+    """
+    language = world.language
+    q = world.reference.log_softmax(-1).view(world.prompts, len(language.prefixes), language.size)
+    known = dict(zip(language.responses, world.reward.unbind(1), strict=True))
+    table = torch.empty_like(q)
+    for k in reversed(range(len(language.prefixes))):
+        prefix = language.prefixes[k]
+        ahead = torch.stack([known[(*prefix, token)] for token in range(language.size)], dim=-1)  # [P, V]
+        table[:, k] = best(ahead, q[:, k])
+        known[prefix] = (table[:, k].exp() * ahead).sum(-1)
+    return world.logp(table.view_as(world.reference))
+
+
+def forward_step(values: Tensor, log_q: Tensor) -> Tensor:
+    """[P, V], [P, V] -> [P, V] log of argmax_p E_p values - KL(q || p), which is q / (c - values)."""
+    top = values.amax(-1, keepdim=True)
+
+    def excess(log_gap: Tensor) -> Tensor:
+        return -(log_q - (top + log_gap.exp() - values).log()).logsumexp(-1, keepdim=True)
+
+    return log_q - (top + _root(excess, top).exp() - values).log()
+
+
+def best_of_two(world: World, beta: float) -> Tensor:
+    """log of the policy that is, after every prefix, the mean of the reference (weight beta) and of its own best of two
+    responses (weight 1); by iteration.
+
+    Where all rewards differ the best of two has the probability F(y)^2 - F(below y)^2, F being the policy's distribution
+    function of the reward.
+    """
+    language, order = world.language, world.reward.argsort(-1)
+    q = world.reference.softmax(-1)
+    table = world.reference
+    for _ in range(_ITERATIONS):
+        before, p = table, world.logp(table).exp()
+        upto = p.gather(1, order).cumsum(-1)
+        best = torch.zeros_like(p).scatter(1, order, upto.square() - (upto - p.gather(1, order)).square())
+        rows = torch.arange(world.prompts)[:, None] * len(language.prefixes) + language.prefix  # [P, T]
+        places = (rows * language.size + language.token).reshape(-1)
+        reached = torch.zeros(q.numel(), dtype=q.dtype)
+        reached = reached.index_add(0, places, best.repeat_interleave(language.lengths, 1).reshape(-1)).view_as(q)
+        own = reached / reached.sum(-1, keepdim=True)
+        table = ((own + beta * q) / (1 + beta)).log()
+        if torch.allclose(table, before, rtol=0, atol=1e-10):
+            break
+    return world.logp(table)
 
 
 def mean(values: Tensor, q: Tensor) -> Tensor:

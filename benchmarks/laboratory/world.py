@@ -122,7 +122,7 @@ class World:
 
     def logp(self, table: Tensor) -> Tensor:
         """[P * K, V] logits -> [P, n] log-prob of every response."""
-        whole = self._responses(table, ())
+        whole = self.responses(table, ())
         return whole.logp.view(self.prompts, -1)
 
     def with_preference(self, preference: Tensor) -> World:
@@ -158,13 +158,26 @@ class World:
         weight = (drawn.sum(0) - drawn) / (self.prompts * (self.prompts - 1))
         return self._rows(torch.arange(drawn.numel())), weight.reshape(-1)
 
+    @cached_property
+    def groups(self) -> Rows:
+        """Every group of two responses to a prompt, in order: B rows, the two of a group one after the other."""
+        n = len(self.language.responses)
+        every = torch.arange(self.prompts * n)
+        first, second = (one.expand(self.prompts, n, n) for one in (every.view(-1, n, 1), every.view(-1, 1, n)))
+        return self._rows(torch.stack([first, second], -1).reshape(-1))
+
+    def drawn(self, logp: Tensor) -> Tensor:
+        """[B] the probability of each row of `groups`, under a policy of these log-probs [P, n]."""
+        p = logp.exp()
+        return (p[:, :, None] * p[:, None, :] / (2 * self.prompts)).reshape(-1).repeat_interleave(2)
+
     def population(self, family: type, want: Sequence[Want], table: Tensor) -> tuple[Any, Tensor]:
         """What an objective of a family sees of everything that can happen under a model.
 
         Returns:
             The statistics of B rows, and [B] the probability of each row.
         """
-        whole = self._responses(table, want)
+        whole = self.responses(table, want)
         if issubclass(family, Labelled):
             rows, label, weight = self.labels
             return family(completion=rows.of(whole), label=label), weight
@@ -177,7 +190,7 @@ class World:
         """What an objective sees before a step, as `population`."""
         rows, weight = self.mismatched
         nothing = dict.fromkeys([*roles_of(family), *columns_of(family)])
-        return family(**nothing, **dict.fromkeys(early_roles_of(family), rows.of(self._responses(table, ())))), weight
+        return family(**nothing, **dict.fromkeys(early_roles_of(family), rows.of(self.responses(table, ())))), weight
 
     def _column(self, name: str, roles: dict[str, Rows]) -> Tensor:
         """[B] a column of the data: the reward of a role as its score, its probability to win against the reference."""
@@ -185,7 +198,7 @@ class World:
         values = {"score": self.reward, "win": self.win}[name.replace(role, "").strip("_")]
         return values.reshape(-1)[roles[role].number]
 
-    def _responses(self, table: Tensor, want: Sequence[Want]) -> Completions:
+    def responses(self, table: Tensor, want: Sequence[Want]) -> Completions:
         """Every response to every prompt, by the kernel that training uses: a row of logits is a hidden state, and the head is
         the identity."""
         identity = torch.eye(self.language.size, dtype=torch.float64)
