@@ -15,7 +15,8 @@ forward KL.
 
 Everything but surrogate, k, H and critic is fixed once for a round, over all its completions on all processes. The advantages
 of groups (rloo, grpo, dr_grpo, opo, qae) are of whole completions, score minus beta times their whole KL; reinforce_pp and gae
-are of tokens. With grpo, qae and whitening, or means by completion, rewards count otherwise than in J.
+are of tokens. With the KL in the loss grpo and qae weigh it against scores by their deviation, and dr_grpo against
+(G - 1) / G of the score, since a group's mean has the score itself in it; in the reward it is scaled with the score.
 
 Source: Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155 (PPO with the KL in the reward); the
 rest: see the files named. Means by tokens and completions, dynamic_sampling, mask_truncated: Yu et al. 2025, "DAPO",
