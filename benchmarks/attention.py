@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the lines to this file")
     options = parser.parse_args()
     cuda = options.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU")
     there = {"separate/flash": cuda and importlib.util.find_spec("flash_attn") is not None, "tree/flex": cuda}
     forms = [form for form in FORMS if there.get(form, True)]
     model = decoder(options, options.device)

@@ -31,6 +31,7 @@ FORMS = {
     "cce": "cut-cross-entropy",
     "ours": "posttrain_kernels",
     "eager": "posttrain_kernels, eager",
+    "chunked": "posttrain_kernels, without Triton",
 }
 """Name -> how the table calls it."""
 
@@ -41,6 +42,8 @@ ADAPTIVE = ("akl", "dackl")
 def form(name: str, statistic: str, dtype: str, case: str, device: str) -> Form | None:
     """A form of a statistic, or None where there is none."""
     if name == "naive32" and dtype == "float32":
+        return None
+    if (name == "chunked" and device != "cuda") or (name == "trl" and not find_spec("trl")):
         return None
     if statistic == "logp":
         return _logp(name, device)
@@ -78,11 +81,12 @@ def _logp(name: str, device: str) -> Form | None:
         return -linear_cross_entropy(x, weight, target, reduction="none", impl=impl)
 
     def ours(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return head_stats(Head(x, weight), ["logp"], target=target)["logp"]
+        impl = "chunked" if name == "chunked" else "auto"
+        return head_stats(Head(x, weight), ["logp"], target=target, impl=impl)["logp"]
 
     if (name == "liger" and not find_spec("liger_kernel")) or (name == "cce" and not find_spec("cut_cross_entropy")):
         return None
-    return {"naive": naive, "naive32": naive32, "trl": trl, "liger": liger, "cce": cce, "ours": ours}.get(name)
+    return {"naive": naive, "naive32": naive32, "trl": trl, "liger": liger, "cce": cce, "ours": ours, "chunked": ours}.get(name)
 
 
 def adaptive(lp: Tensor, lq: Tensor) -> Tensor:
@@ -147,13 +151,13 @@ def _two(name: str, statistic: str) -> Form | None:
     def ours(x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor) -> Tensor:
         if declared is None:
             return objective_of(statistic, x, weight, x_teacher, weight_teacher, eager=name == "eager")
-        entry = KLS.get(statistic) or Separable(statistic, declared.summand, declared.slope)
-        eager = statistic if name == "eager" else None
-        return head_stats(Head(x, weight), [entry], ref=Head(x_teacher, weight_teacher), eager=eager)[statistic]
+        entry = KLS.get(statistic) or Separable(statistic, declared.summand, declared.slope, (statistic, 0.5))
+        how = {"eager": statistic if name == "eager" else None, "impl": "chunked" if name == "chunked" else "auto"}
+        return head_stats(Head(x, weight), [entry], ref=Head(x_teacher, weight_teacher), **how)[statistic]
 
     there = {"naive": naive, "naive32": naive32, "ours": ours, "eager": ours}
     if statistic not in ADAPTIVE:
-        there |= {"trl": trl} | ({"liger": liger} if find_spec("liger_kernel") else {})
+        there |= {"chunked": ours, "trl": trl} | ({"liger": liger} if find_spec("liger_kernel") else {})
     return there.get(name)
 
 
