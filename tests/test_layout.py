@@ -37,7 +37,7 @@ LAYERS = [
     {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "selection", "advantages", "importance", "kl", "token_weights", "risk", "nested"},
-    {"stats", "scores", "experience", "registry", "schema", "leave"},
+    {"stats", "scores", "experience", "registry", "schema", "leave", "best_of_n", "similarity"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
@@ -51,6 +51,8 @@ HEAVY = {
     "trl": set(),
     "gguf": {"quickstart"},
     "vaderSentiment": {"rewards.rules"},
+    "nltk": {"similarity"},
+    "matplotlib": {"plots"},
 }
 """Optional package -> the modules that may import it, and only inside a function."""
 
