@@ -23,21 +23,6 @@ def wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def rescaled(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Values of tokens brought to [0, 1] by the least and the largest of each completion; 1 where a completion's are all equal.
-
-    Args:
-        values: [N] or [N, k], each column by itself; in float32 or better.
-        lengths: [B] tokens of each completion, summing to N.
-    """
-    low, high = (
-        torch.segment_reduce(values, kind, lengths=lengths, unsafe=True).repeat_interleave(lengths, 0)
-        for kind in ("min", "max")
-    )
-    spread = high - low
-    return torch.where(spread > 0, (values - low) / spread.masked_fill(spread == 0, 1), 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sum:
     """A statistic of two models' distributions over the vocabulary, [N]: the sum over items of a function of both log-probs."""

@@ -9,10 +9,11 @@ import pytest
 import torch
 from golden import close, golden, tensor
 
+from posttrain.masks import rescaled
 from posttrain.objectives.preference.mapo import MaPOConfig, mapo
 from posttrain.registry import find
 from posttrain.schema import UserError, parse
-from posttrain.stats import Activations, Completions, Pairs, rescaled
+from posttrain.stats import Activations, Completions, Pairs
 
 MAPO = find("mapo")
 

@@ -25,9 +25,10 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import MinLen
 
+from ...masks import rescaled
 from ...registry import objective
 from ...schema import Positive
-from ...stats import Activations, Completions, Loss, Pairs, rescaled, reward_metrics
+from ...stats import Activations, Completions, Loss, Pairs, reward_metrics
 
 Kind = Literal["mlp", "attention", "residual", "logits"]
 

@@ -29,9 +29,10 @@ from typing import Literal
 
 import torch
 
+from ...masks import rescaled
 from ...registry import objective
 from ...schema import NonNegative, Positive
-from ...stats import Completions, Learned, Loss, Pairs, Sizes, States, rescaled, reward_metrics
+from ...stats import Completions, Learned, Loss, Pairs, Sizes, States, reward_metrics
 
 Activation = Literal["relu", "resc", "none"]
 
