@@ -19,6 +19,23 @@ from torch import Tensor
 from .head import FLOOR
 
 
+@dataclass(frozen=True)
+class Merge:
+    """How the state of a tile went into the total: both sums of e are brought to the new maximum by these factors [N]."""
+
+    mine: Tensor
+    """Of the total so far."""
+
+    other: Tensor
+    """Of the tile."""
+
+    beaten: Tensor
+    """e of the one of the two maxima that is not the new one, which now enters the sum."""
+
+    loser: Tensor
+    """Its id."""
+
+
 @dataclass
 class State:
     """State of N tokens; a sum that no wanted statistic needs is None. All of the logits' dtype but `argmax`."""
@@ -61,13 +78,13 @@ class State:
         """Views of some tokens."""
         return State(*(None if value is None else value[rows] for value in self.tensors()))
 
-    def fold(self, z: Tensor, start: int, ids: Tensor, scratch: Tensor) -> None:
+    def fold(self, z: Tensor, start: int, ids: Tensor, scratch: Tensor) -> Merge:
         """Take in one tile of logits.
 
         Args:
             z: [N, C] logits of the items from `start`.
             ids: [N, K] whose logits are kept.
-            scratch: [N, C] overwritten; may be z itself.
+            scratch: [N, C] overwritten; may be z itself. Unless `e2` is summed, e of the tile is left there, 0 at its maximum.
         """
         columns, inside = locate(ids, start, z.shape[1])
         self.at.copy_(torch.where(inside, z.gather(1, columns), self.at))
@@ -84,9 +101,9 @@ class State:
         r = e.sum(-1)
         if self.e2 is not None:
             e2 = e.square_().sum(-1)
-        self._merge(m, r, argmax + start, e1, e2)
+        return self._merge(m, r, argmax + start, e1, e2)
 
-    def _merge(self, m: Tensor, r: Tensor, argmax: Tensor, e1: Tensor | None, e2: Tensor | None) -> None:
+    def _merge(self, m: Tensor, r: Tensor, argmax: Tensor, e1: Tensor | None, e2: Tensor | None) -> Merge:
         new = torch.maximum(self.m, m)
         shifts = (self.m - new).clamp_(min=FLOOR), (m - new).clamp_(min=FLOOR)
         mine, other = shifts[0].exp(), shifts[1].exp()
@@ -96,8 +113,11 @@ class State:
         if e2 is not None:
             self.e2.mul_(mine.square()).add_(e2 * other.square()).add_(beaten.square())
         self.r.mul_(mine).add_(r * other).add_(beaten)
-        self.argmax.copy_(torch.where(m > self.m, argmax, self.argmax))
+        grown = m > self.m
+        merge = Merge(mine, other, beaten, torch.where(grown, self.argmax, argmax))
+        self.argmax.copy_(torch.where(grown, argmax, self.argmax))
         self.m.copy_(new)
+        return merge
 
     @property
     def lse(self) -> Tensor:

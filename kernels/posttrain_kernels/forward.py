@@ -9,6 +9,7 @@ from .fold import State
 from .head import Head, names_of
 from .kept import block_gradient, coefficients_of, log_probs, parts
 from .project import exact_products, logits_tile, tile_weights
+from .streamed import Streamed
 from .task import Block, Gradients, Need, Result, Sizes, Task
 
 
@@ -19,7 +20,8 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
         need: what wants a gradient; None: nothing does.
     """
     head, n = task.head, len(task.head.x)
-    keep = bool(task.divergences or task.rowwise or unit)
+    streamed = Streamed(head, need.x, task.sizes.block) if _streams(task, unit, need) else None
+    keep = bool(task.divergences or task.rowwise or unit) and streamed is None
     blocks = task.sizes.blocks(n, task.sizes.kept if keep else task.sizes.block)
     padded = blocks[-1][1].stop if blocks else 0
     ids = _ids(n, padded, [task.target if "logp" in task.names else None, task.index], head.x.device)
@@ -32,14 +34,14 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
         None if ref_state is None else ref_state.common,
         values={name: zeros(n) for name in (*task.divergences, *names_of(list(task.rowwise.values())))},
         sums={name: zeros(n) for name in task.divergences if need is not None},
-        unit=Gradients.zeros(head, need) if unit else None,
+        unit=Gradients.zeros(head, need) if unit and streamed is None else None,
     )
     heads = [(head, state, ids), (task.ref, ref_state, ref_ids)][: 1 if task.ref is None else 2]
     rows = max((pad.stop - pad.start for _, pad in blocks), default=0)
     scratch = [its.m.new_empty(rows * task.sizes.items) for _, its, _ in heads]
     if not keep:
         for (one, its, its_ids), work in zip(heads, scratch, strict=True):
-            _fold(task, one, its, its_ids, blocks, [], work)
+            _fold(task, one, its, its_ids, blocks, [], work, streamed if its is state else None)
     else:
         kept = [[its.m.new_empty(rows, stop - start) for start, stop in task.tiles(one)] for one, its, _ in heads]
         for block in blocks:
@@ -53,6 +55,8 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
                 own = coefficients_of(task, result, {unit: torch.ones_like(state.m[block[0]])}, block[0])
                 block_gradient(task, result, own, block[0], kept, result.unit)
     result.state = state.rows(slice(n))
+    if streamed is not None:
+        result.unit = Gradients(streamed.gradients(result.state, task.target), [None] * len(need.weight), None)
     if ref_state is not None:
         result.reference = ref_state.common[:n]
     if "ref_lse" in task.names:
@@ -68,8 +72,25 @@ def _ids(n: int, padded: int, given: list[Tensor | None], device: torch.device) 
     return torch.cat([ids, ids.new_zeros(padded - n, ids.shape[1])])
 
 
-def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block], kept: list[Tensor], scratch: Tensor) -> None:
-    """Project and fold all tiles of `blocks`; `kept` receives the logits, one tensor a tile, if given."""
+def _streams(task: Task, unit: str | None, need: Need | None) -> bool:
+    """Whether the gradient to take in the forward is one that needs no logits kept (streamed.py)."""
+    if unit != "logp" or need.head or task.divergences or task.rowwise:
+        return False
+    return task.passes.streams and task.head.softcap is None and "log_sum_p2" not in task.names
+
+
+def _fold(
+    task: Task,
+    head: Head,
+    state: State,
+    ids: Tensor,
+    blocks: list[Block],
+    kept: list[Tensor],
+    scratch: Tensor,
+    streamed: Streamed | None = None,
+) -> None:
+    """Project and fold all tiles of `blocks`; `kept` receives the logits, one tensor a tile, if given; `streamed` takes in
+    the tiles, too."""
     parts = [(real, padded.stop - padded.start, state.rows(padded), ids[padded]) for real, padded in blocks]
     with exact_products(head.x):
         for j, (start, stop) in enumerate(task.tiles(head)):
@@ -79,7 +100,9 @@ def _fold(task: Task, head: Head, state: State, ids: Tensor, blocks: list[Block]
                 z = kept[j][:rows] if kept else work
                 raw = task.passes.raw and head is task.head
                 project(head, task.sizes, weights, start, real, z, raw=raw)
-                task.passes.fold(head if raw else None, part, z, start, real, its_ids, work)
+                merge = task.passes.fold(head if raw else None, part, z, start, real, its_ids, work)
+                if streamed is not None:
+                    streamed.add(weights, work, merge, real)
                 if stop == task.edge:
                     part.common.copy_(part.lse)
 

@@ -242,7 +242,7 @@ def _formulas(task: Task, names: Sequence[str]) -> dict[str, tuple[str, ...] | t
 WHOLE = Passes(fold, divergences, gradient, temporaries=1, raw=True)
 """All by Triton. A policy's tiles stay products throughout; those of the ref are made logits by torch."""
 
-FOLD = dataclasses.replace(TORCH, fold=fold)
+FOLD = dataclasses.replace(TORCH, fold=fold, streams=False)
 """Only the fold by Triton."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .fold import State
+from .fold import Merge, State
 from .gradient import Coefficients, coefficients, row_slope, slope
 from .head import FLOOR, Head
 from .project import exact_products, row_factor, softcap_slope, tile_weights
@@ -30,9 +30,9 @@ def coefficients_of(task: Task, result: Result, upstream: Mapping[str, Tensor], 
     )
 
 
-def fold(raw: Head | None, state: State, z: Tensor, start: int, rows: slice, ids: Tensor, scratch: Tensor) -> None:
+def fold(raw: Head | None, state: State, z: Tensor, start: int, rows: slice, ids: Tensor, scratch: Tensor) -> Merge:
     """`State.fold` as one of the passes."""
-    state.fold(z, start, ids, scratch)
+    return state.fold(z, start, ids, scratch)
 
 
 def divergences(task: Task, result: Result, rows: slice, kept: Kept) -> None:
@@ -141,5 +141,5 @@ def _row_gradient(task: Task, result: Result, own: Coefficients, tokens: slice, 
     return total.addcmul_(lp.exp_(), total.sum(-1, keepdim=True), value=-1)
 
 
-TORCH = Passes(fold, divergences, gradient_tile, temporaries=8)
+TORCH = Passes(fold, divergences, gradient_tile, temporaries=8, streams=True)
 """The elements of a tile by torch operations."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .fold import State
+from .fold import Merge, State
 from .head import Head, Rowwise, Separable, common
 from .project import accumulate, narrow, operand
 
@@ -69,8 +69,9 @@ class Passes:
     `raw` says in which form the policy's tiles come to all three: as logits, or as the products that give them.
     """
 
-    fold: Callable[[Head | None, State, Tensor, int, slice, Tensor, Tensor], None]
-    """(head if the tile is raw, state, tile, first item, tokens, ids, scratch): `State.fold`."""
+    fold: Callable[[Head | None, State, Tensor, int, slice, Tensor, Tensor], Merge | None]
+    """(head if the tile is raw, state, tile, first item, tokens, ids, scratch): `State.fold`; None where scratch is not as
+    that leaves it."""
 
     divergences: Callable[[Task, Result, slice, list[list[Tensor]]], None]
     """(task, result, tokens, tiles of both heads): add the values and, if asked for, C of the divergences to the result."""
@@ -83,6 +84,9 @@ class Passes:
     """Tiles that `fold` needs at once."""
 
     raw: bool = False
+
+    streams: bool = False
+    """Whether `fold` says how a tile went in, which streamed.py needs."""
 
 
 @dataclass(frozen=True)
