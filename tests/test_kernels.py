@@ -210,6 +210,12 @@ def test_memory_is_the_workspace_whatever_the_number_of_tokens(want: list, froze
     assert peaks[2048] < 4 * 2048 * v / (4 if two else 8)  # one set of logits
 
 
+def test_log_probs_under_a_frozen_head_keep_no_logits() -> None:
+    """Four times the vocabulary adds nothing; the logits of one product, 32 tokens, would be another megabyte."""
+    peaks = [peak_bytes(stats_and_gradients(64, v, ["logp"], 4 << 20, frozen=True)) for v in (3_000, 12_000)]
+    assert peaks[1] - peaks[0] < 1 << 17
+
+
 # ------------------------------------------------------------------------------------------------ how it is called
 
 
