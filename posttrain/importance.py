@@ -114,13 +114,12 @@ def correction(one: Completions, engine_logps: torch.Tensor, mode: str, bounds: 
 def mismatch(one: Completions, engine_logps: torch.Tensor) -> dict[str, torch.Tensor]:
     """How far engine and trainer are apart, before anything is cut: [N], and [B] of completions.
 
-    `mismatch/factor` is e^|d|, 1 where they agree, suspicious above 1.05; `mismatch/gap` is |d|; k1 and k3 estimate
-    KL(engine || trainer); `mismatch/weight` is e^d, with its largest and the share of tokens that is effective.
+    `mismatch/gap` is |d|; k1 and k3 estimate KL(engine || trainer); `mismatch/weight` is e^d, with its largest and the share of
+    tokens that is effective. The trainer logs e^|d|.
     """
     d = (one.logps - engine_logps.to(one.logps.dtype)).detach()
     weight = power(d)
     return {
-        "mismatch/factor": power(d.abs()),
         "mismatch/gap": d.abs(),
         "mismatch/k1": -d,
         "mismatch/k3": power(d, minus_one=True) - d,

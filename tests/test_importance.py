@@ -140,7 +140,7 @@ def test_a_correction_of_nothing_is_1() -> None:
 def test_the_gap_is_seen_before_it_is_cut() -> None:
     one = Completions(logps=tensor([4.0, 0.25, 1.0, 1.0]).log(), lengths=torch.tensor([2, 2]))
     seen = mismatch(one, ENGINE)
-    same(seen["mismatch/factor"], [4.0, 4.0, 1.0, 1.0], 1e-12)
+    same(seen["mismatch/gap"].exp(), [4.0, 4.0, 1.0, 1.0], 1e-12)
     same(seen["mismatch/weight/max"].max(), 4.0, 1e-12)
     same(seen["mismatch/weight_of_completion"], [1.0, 1.0], 1e-12)
     d = tensor([4.0, 0.25, 1.0, 1.0]).log()

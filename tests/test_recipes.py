@@ -90,6 +90,9 @@ def test_a_recipe_trains(path: Path, model: Path, teacher: Path, tmp_path: Path)
         changes += [f"teacher.cache={tmp_path / 'cache'}"] if written.teacher.kind == "cached" else []
     elif written.objective.reads_reference(written.config) and not written.objective.reads_teacher:
         changes += [f"reference.cache={tmp_path / 'cache'}"]
+    if written.objective.online:
+        changes += ["reward.name=length", "reward.heldout=null", "engine.kind=hf", "engine.options=null"]
+        changes += ["sampling.max_new_tokens=6", f"rollouts.group_size={min(written.rollouts.group_size, 4)}"]
     if written.data.eval is not None:
         changes += [f"data.eval.name={rows(written, tmp_path / 'eval.jsonl', 8)}", "data.eval.split=null"]
     if written.data.eval_size:

@@ -53,7 +53,7 @@ def test_rloo_with_the_kl_in_the_reward() -> None:
     got = lesson({"beta": 0.1})
     same(got.tokens["advantages"], [-2.05, -2.05, 2.05, 0.05, -0.05, -0.05], 1e-12)
     assert got.keep.all() and not got.tokens["penalties"].any() and (got.tokens["weights"] == 1).all()
-    same(got.metrics["kl/completion"], [0.5, 0.0, -0.5, 0.0], 1e-12)
+    same(got.metrics["kl/weight"], 0.1, 1e-12)
     assert got.remember == {}
 
 
@@ -311,8 +311,8 @@ def test_what_the_vocabulary_is_asked_for() -> None:
 
 
 def test_warnings() -> None:
-    assert RLHF.watch(config(), {"groups/alike": 0.5, "mismatch/factor": 1.01}) == []
-    assert len(RLHF.watch(config(), {"groups/alike": 0.95, "mismatch/factor": 1.2})) == 2
+    assert RLHF.watch(config(), {"groups/alike": 0.5, "mismatch/left_out": 0.01}) == []
+    assert len(RLHF.watch(config(), {"groups/alike": 0.95, "mismatch/left_out": 0.2})) == 2
 
 
 def test_extremes_are_finite() -> None:

@@ -32,7 +32,7 @@ def test_the_best_of_each_group_are_kept() -> None:
     got = SUPERHF.lesson(SuperHFConfig(), SEEN)
     assert got.keep.tolist() == [False, True, False, True, False, False]
     assert SUPERHF.lesson(SuperHFConfig(keep=2), SEEN).keep.tolist() == [False, True, True, True, True, False]
-    same(got.metrics["rewards/kept"], [2.0, 3.0], 0)
+    same(got.metrics["reward/kept"], [2.0, 3.0], 0)
     assert got.tokens == {}
 
 

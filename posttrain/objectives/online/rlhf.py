@@ -243,8 +243,8 @@ def _watch(config: RLHFConfig, metrics: Mapping[str, float]) -> list[str]:
     said = []
     if metrics.get("groups/alike", 0.0) > 0.9:
         said.append("rlhf: nearly all groups have completions of equal scores, and nothing is learned from those")
-    if metrics.get("mismatch/factor", 1.0) > 1.05:
-        said.append("rlhf: the engine's log-probs are off the trainer's (mismatch/factor): stale weights, or low precision")
+    if metrics.get("mismatch/left_out", 0.0) > 0.1:
+        said.append("rlhf: the correction leaves out more than a tenth of the tokens (mismatch/left_out)")
     return said
 
 
@@ -271,14 +271,11 @@ def _lesson(config: RLHFConfig, seen: Experience) -> Lesson:
     weights, penalties, found = _token_weights(config, seen, one, tokens)
     kl = one.logratio if one.reference_logps is not None else None
     metrics = {
-        "rewards/score": scores,
-        "rewards/finished": seen.finished.to(scores.dtype),
         "groups/alike": alike.to(scores.dtype),
-        "kept": keep.to(scores.dtype),
         "advantages": tokens,
         "advantages/std": tokens,
         **found,
-        **({} if kl is None else {"kl/completion": kl, "kl/weight": _weight("kl_weight", config.beta, seen.context, scores)}),
+        **({} if kl is None else {"kl/weight": _weight("kl_weight", config.beta, seen.context, scores)}),
     }
     remember = {}
     if config.kl_target is not None:

@@ -67,13 +67,7 @@ def _lesson(config: SuperHFConfig, seen: Experience) -> Lesson:
     rows = wide(seen.scores).view(len(seen.scores) // group, group)
     best = rows.sort(dim=1, descending=True, stable=True).indices[:, : config.keep]
     keep = torch.zeros_like(rows, dtype=torch.bool).scatter(1, best, True).flatten()
-    metrics = {
-        "rewards/score": rows.flatten(),
-        "rewards/score/std": rows.flatten(),
-        "rewards/kept": rows.flatten()[keep],
-        "rewards/finished": seen.finished.to(rows.dtype),
-    }
-    return Lesson(keep=keep, metrics=metrics)
+    return Lesson(keep=keep, metrics={"reward/kept": rows.flatten()[keep]})
 
 
 @objective(reference=lambda config: config.beta > 0, want=_want, lesson=_lesson)
