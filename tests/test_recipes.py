@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_tokenizer
 from tiny_models import tiny
+from transformers import AutoModelForSequenceClassification
 
 from posttrain import docs, registry, shipped
 from posttrain.recipe import Run, load_run
@@ -36,9 +37,32 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("teacher"), hidden_size=48, num_hidden_layers=3, seed=1)
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model."""
+    folder, tokenizer = tmp_path_factory.mktemp("judge"), tiny_tokenizer()
+    config = tiny("llama", vocab_size=len(tokenizer)).config
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sampled_changes(run: Run, judge: Path) -> list[str]:
+    """Small groups of short completions, sampled here; reward models are `judge`."""
+    found = ["rollouts.group_size=3", "sampling.max_new_tokens=8", "engine.kind=hf", "engine.options=null"]
+    found += [f"reward.model={judge}"] if "model" in run.reward.scorers[0] else []
+    return found + ([f"reward.heldout.model={judge}"] if "model" in (run.reward.heldout or {}) else [])
+
+
 def rows(run: Run, path: Path, first: int) -> Path:
     """Eight rows that the family of the objective can read."""
     roles, columns = roles_of(run.objective.family), columns_of(run.objective.family)
+    if run.objective.online:
+        column = run.data.columns.get("prompt", "prompt")
+        written = [{column: f"\n\nHuman: ab {i}?\n\nAssistant: yes", "answer": f"{i}"} for i in range(first, first + 8)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+        return path
     if run.data.unpair:
         roles, columns = ["chosen", "rejected"], []
     written = [
@@ -69,7 +93,7 @@ def test_a_recipe_is_short_and_says_what_it_is(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_trains(path: Path, model: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains(path: Path, model: Path, teacher: Path, judge: Path, tmp_path: Path) -> None:
     written = load_run(None, path)
     changes = [
         f"model.name={model}",
@@ -91,8 +115,7 @@ def test_a_recipe_trains(path: Path, model: Path, teacher: Path, tmp_path: Path)
     elif written.objective.reads_reference(written.config) and not written.objective.reads_teacher:
         changes += [f"reference.cache={tmp_path / 'cache'}"]
     if written.objective.online:
-        changes += ["reward.name=length", "reward.heldout=null", "engine.kind=hf", "engine.options=null"]
-        changes += ["sampling.max_new_tokens=6", f"rollouts.group_size={min(written.rollouts.group_size, 4)}"]
+        changes += sampled_changes(written, judge)
     if written.data.eval is not None:
         changes += [f"data.eval.name={rows(written, tmp_path / 'eval.jsonl', 8)}", "data.eval.split=null"]
     if written.data.eval_size:
