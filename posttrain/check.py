@@ -86,18 +86,20 @@ def _plan(run: Run, args: TrainingArguments, loaded: Loaded, model: nn.Module) -
     return {
         "model": f"{total:,} parameters, {trainable:,} trained",
         **compared(run),
+        **trainers.describe(run),
         "layout": shared if run.layout == "auto" else run.layout,
-        "steps": f"{_steps(args, loaded, rows)} of {rows} rows",
+        "steps": f"{_steps(run, args, loaded, rows)} of {rows} {'prompts' if run.objective.online else 'rows'}",
         "memory": f"{memory.gib(sum(predicted.values()))} on each device: "
         + ", ".join(f"{name} {memory.gib(size)}" for name, size in predicted.items() if size),
         "output": _output(run, args),
     }
 
 
-def _steps(args: TrainingArguments, loaded: Loaded, rows: int) -> int:
+def _steps(run: Run, args: TrainingArguments, loaded: Loaded, rows: int) -> int:
     if args.max_steps > 0:
         return args.max_steps
-    return int(-(-loaded.report.train_rows // rows) * args.num_train_epochs)
+    again = (run.rollouts.epochs or 1) if run.objective.online else 1
+    return int(-(-loaded.report.train_rows // rows) * again * args.num_train_epochs)
 
 
 def _output(run: Run, args: TrainingArguments) -> str:

@@ -13,7 +13,17 @@ import yaml
 from . import arguments, registry, shipped
 from .nested import Nested, nested_settings
 from .schema import UserError, adapter, suggest
-from .settings import DataConfig, EngineConfig, ModelConfig, ReferenceConfig, RolloutsConfig, SamplingConfig, TeacherConfig
+from .settings import (
+    OF_DISTILLATION,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutsConfig,
+    SamplingConfig,
+    TeacherConfig,
+)
 
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
 
@@ -43,7 +53,7 @@ def options(kind: type, section: str = "") -> list[Option]:
     rows = []
     for name, entry in schema["properties"].items():
         flag = f"--{section}.{name}" if section else f"--{name}"
-        if (section, name) in (("model", "name"), ("data", "name"), ("engine", "kind"), ("teacher", "model")):
+        if (section, name) in (("model", "name"), ("data", "name"), ("engine", "kind"), ("teacher", "model"), ("reward", "scorers")):
             flag = f"--{section}"
         required = name in schema.get("required", ())
         default = "required" if required else _yaml(defaults[name])
@@ -76,12 +86,18 @@ def sections(objective: registry.Objective) -> dict[str, list[Option]]:
         "model": options(ModelConfig, "model"),
         "data": options(DataConfig, "data"),
     }
+    if objective.online:
+        found["reward"] = options(RewardConfig, "reward")
     if objective.reads_teacher:
         found["teacher"] = options(TeacherConfig, "teacher")
-        found["rollouts"] = options(RolloutsConfig, "rollouts")
+    if objective.reads_teacher or objective.online:
+        mine = {f"--rollouts.{name}" for name in OF_DISTILLATION}
+        found["rollouts"] = [
+            row for row in options(RolloutsConfig, "rollouts") if (row.flag in mine) is objective.reads_teacher
+        ]
         found["sampling"] = options(SamplingConfig, "sampling")
         found["engine"] = options(EngineConfig, "engine")
-    elif objective.reads_reference(objective.config()):
+    if not objective.reads_teacher and objective.reads_reference(objective.config()):
         found["reference"] = options(ReferenceConfig, "reference")
     return found
 
@@ -144,7 +160,8 @@ def show(name: str) -> str:
         raise UserError(f"nothing to show for {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}") from None
     reads = "reads the reference" if objective.reads_reference(objective.config()) else "reads no reference"
     reads = "has a teacher" if objective.reads_teacher else reads
-    parts = [objective.document, f"Data: {_sentence(objective.family)} {objective.name} {reads}.", "Settings:"]
+    family = "Prompts alone; it samples their completions." if objective.online else _sentence(objective.family)
+    parts = [objective.document, f"Data: {family} {objective.name} {reads}.", "Settings:"]
     parts += [table(options(objective.config))]
     found = "\n".join(f"  {path}\n    {_first_comment(path)}" for path, its in recipes().items() if its == objective.name)
     parts.append(f"Recipes:\n{found}" if found else f"Recipes: recipes/{objective.name} of the repository")

@@ -9,6 +9,7 @@
                  an attention that stores no [T, T] matrix; with gradient checkpointing 2 bytes a layer and one layer whole
     states       of completion tokens in the reference's layers, for an objective that reads them: tokens * layers * hidden, as
                  computed and in float32
+    rollouts     keys and values of the tokens that this process samples at a time
     vocabulary   the workspace of the kernel and the hidden states of completion tokens
 
 Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too, ZeRO-3 teachers.
@@ -31,6 +32,7 @@ from transformers import TrainingArguments
 
 from .models import causal_lm, parameter_counts
 from .recipe import Run
+from .settings import GROUP
 from .stats import States, roles_of
 from .trees import shareable
 
@@ -80,6 +82,12 @@ class Shape:
     vocabulary: bool = True
     """Log-probs are taken over the vocabulary."""
 
+    sampled: int = 0
+    """Tokens, prompts too, of the completions that are sampled at a time in this process; 0 where none are."""
+
+    cache: int = 0
+    """Keys and values of one token in one layer: numbers."""
+
     adam: bool = True
     """The optimizer keeps two moments."""
 
@@ -112,6 +120,10 @@ def shape(
     config = causal_lm(model).config.get_text_config()
     weight = max((p for p in model.parameters()), key=lambda p: p.numel())
     shared = run.layout != "separate" and not shareable(model)
+    rows = _imagined(run, rows) if run.objective.online else rows
+    settings = config.to_dict()
+    heads = settings.get("num_key_value_heads") or config.num_attention_heads
+    width = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
     return Shape(
         parameters=total,
         trainable=trainable,
@@ -121,7 +133,9 @@ def shape(
         hidden=config.hidden_size,
         tokens=round(args.per_device_train_batch_size * _tokens(rows, roles_of(run.objective.family), shared)),
         checkpointing=args.gradient_checkpointing,
-        frozen_reference=kind == "frozen",
+        frozen_reference=kind in ("frozen", "ema", "soup"),
+        sampled=_sampled(run, rows),
+        cache=2 * heads * width,
         teacher_bytes=teacher_bytes,
         states=States() in run.objective.want(run.config),
         vocabulary=not run.objective.scores,
@@ -129,6 +143,19 @@ def shape(
         shards=args.world_size,
         sharded=_sharded(),
     )
+
+
+def _imagined(run: Run, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first prompts with as many and as long completions as a method may sample."""
+    completions = [range(run.sampling.max_new_tokens)] * (run.rollouts.group_size or GROUP)
+    return [{"prompt": row["prompt"], "completion": completions} for row in itertools.islice(rows, _LOOKED_AT)]
+
+
+def _sampled(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
+    if not run.objective.online or run.engine.kind != "hf":
+        return 0
+    longest = max(len(row["prompt"]) for row in rows) + run.sampling.max_new_tokens
+    return longest * (run.engine.batch_size or 32)
 
 
 def _tokens(rows: Iterable[Mapping[str, Any]], roles: Sequence[str], shared: bool) -> float:
@@ -162,6 +189,7 @@ def predict(of: Shape) -> dict[str, float]:
         "teachers": of.teacher_bytes / weights_over,
         "activations": inputs + layer if of.checkpointing else layer * of.layers,
         "states": of.tokens * of.layers * of.hidden * (of.compute_bytes + 4) * of.states,
+        "rollouts": of.sampled * of.layers * of.cache * of.compute_bytes,
         "vocabulary": (_WORKSPACE + of.tokens * of.hidden * of.compute_bytes) * of.vocabulary,
     }
 

@@ -16,6 +16,7 @@ from . import arguments
 from .registry import Objective, find
 from .schema import UserError, parse, suggest
 from .settings import (
+    OF_DISTILLATION,
     DataConfig,
     EngineConfig,
     ModelConfig,
@@ -271,10 +272,6 @@ def _refuse_kept_teacher(teacher: TeacherConfig) -> None:
             raise UserError(f"teacher.{name} is for kind = {meant} and would be ignored by {teacher.kind}; leave it out")
 
 
-_OF_DISTILLATION = ("student", "teacher", "corrections")
-"""Settings of rollouts that online methods do not have; they have the others."""
-
-
 def _refuse_rollouts(run: Run) -> None:
     method, plain = run.objective, RolloutsConfig()
     given = [name for name, value in vars(run.rollouts).items() if value != vars(plain)[name]]
@@ -290,7 +287,7 @@ def _refuse_rollouts(run: Run) -> None:
         return
     if not method.reads_teacher:
         raise UserError(f"rollouts: {method.name} compares completions of the data; methods of distillation take rollouts")
-    if wrong := [name for name in given if name not in _OF_DISTILLATION]:
+    if wrong := [name for name in given if name not in OF_DISTILLATION]:
         raise UserError(f"rollouts.{wrong[0]} is for online methods and would be ignored by {method.name}; leave it out")
     _refuse_file(run)
 
@@ -298,7 +295,7 @@ def _refuse_rollouts(run: Run) -> None:
 def _refuse_online(run: Run, given: Sequence[str]) -> None:
     """What a method that samples its completions cannot do without, or would ignore."""
     name = run.objective.name
-    if wrong := [setting for setting in given if setting in _OF_DISTILLATION]:
+    if wrong := [setting for setting in given if setting in OF_DISTILLATION]:
         raise UserError(f"rollouts.{wrong[0]} is for methods of distillation and would be ignored by {name}; leave it out")
     if not run.reward.scorers:
         raise UserError(f"reward: {name} needs one, such as --reward vader, or {{name: answer, column: answer}}")

@@ -49,6 +49,8 @@ def describe(run: Run) -> str:
         "frozen": f"frozen model {model}",
         "adapter": "the policy with its adapter off",
         "cached": f"cached log-probs of {model}",
+        "ema": f"moving average of the policy, from {model} on",
+        "soup": f"mean of the weights of {', '.join(one.name for one in run.reference.models)}",
     }
     return words.get(kind_of(run), "none")
 

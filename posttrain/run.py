@@ -152,7 +152,7 @@ def execute(run: Run) -> Prepared:
     with writing(Path(args.output_dir)):
         export(prepared)
     if args.process_index == 0:
-        card.write(run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run))
+        card.write(run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run) | trainers.describe(run))
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
         prepared.lock.release()
@@ -343,6 +343,7 @@ def header(prepared: Prepared) -> dict[str, str]:
         "dtypes": f"parameters {dtypes(parameters)}, trained (master weights) "
         f"{dtypes([p for p in parameters if p.requires_grad])}, computed in {compute}, logits float32",
         next(iter(compared(run))): "none" if trainer.reference is None else trainer.reference.description,
+        **trainers.describe(run),
         "data": str(prepared.data.report),
         "batch": f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} accumulated x {processes} "
         f"processes = {rows} rows a step",

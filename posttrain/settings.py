@@ -323,6 +323,13 @@ class RolloutsConfig:
             raise ValueError("corrections are of the student's completions; give student a share")
 
 
+OF_DISTILLATION = ("student", "teacher", "corrections")
+"""Settings of rollouts that online methods do not have; they have the others."""
+
+GROUP = 8
+"""Completions of a prompt, where `group_size` is absent."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """What completions are worth: the weighted sum of what scorers say."""

@@ -26,15 +26,12 @@ from .models import evaluating
 from .rewards.scorer import Reward, Scored
 from .rounds import Asked, Round, gather_prompts, load_rollouts, pack, save_rollouts
 from .schema import UserError
-from .settings import RolloutsConfig, SamplingConfig
+from .settings import GROUP, RolloutsConfig, SamplingConfig
 from .stats import bound
 from .trainer import Trainer, log
 from .transcript import Transcript, lines, reward_metrics, rollout_metrics
 
 T = TypeVar("T")
-
-GROUP = 8
-"""Completions of a prompt, unless the recipe says otherwise."""
 
 _EVALUATION = 1
 """Tells the random numbers of an evaluation from those of a round."""

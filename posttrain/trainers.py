@@ -16,7 +16,7 @@ from .engines.rollout import Engine
 from .online import OnlineTrainer
 from .recipe import Run
 from .rewards.build import reward
-from .settings import RolloutsConfig
+from .settings import GROUP, RolloutsConfig
 from .steps import StepTrainer
 from .trainer import Trainer
 
@@ -30,6 +30,21 @@ def refuse(run: Run) -> None:
     refuse_engine(run.engine)
     if run.objective.online:
         reward(run.reward)
+
+
+def describe(run: Run) -> dict[str, str]:
+    """What an online run samples and how it is judged, in words; nothing of any other."""
+    if not run.objective.online:
+        return {}
+    rollouts, weights = run.rollouts, [(one["name"], one.get("weight", 1)) for one in run.reward.scorers]
+    judged = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights)
+    heldout = "" if run.reward.heldout is None else f"; only logged: {run.reward.heldout['name']}"
+    every, epochs = rollouts.every or 1, rollouts.epochs or 1
+    round_ = "every step" if every == 1 else f"every {every} steps"
+    again = "" if epochs == 1 else f", learned from {epochs} times"
+    where = run.engine.kind + (f" at {run.engine.url}" if run.engine.url else "")
+    size = f"{rollouts.group_size or GROUP} completions of each prompt, up to {run.sampling.max_new_tokens} tokens"
+    return {"reward": f"{judged}{heldout}", "rollouts": f"{size}, sampled by {where} {round_}{again}"}
 
 
 def build(run: Run, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Trainer:
