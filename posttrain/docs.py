@@ -53,7 +53,13 @@ def options(kind: type, section: str = "") -> list[Option]:
     rows = []
     for name, entry in schema["properties"].items():
         flag = f"--{section}.{name}" if section else f"--{name}"
-        if (section, name) in (("model", "name"), ("data", "name"), ("engine", "kind"), ("teacher", "model"), ("reward", "scorers")):
+        if (section, name) in (
+            ("model", "name"),
+            ("data", "name"),
+            ("engine", "kind"),
+            ("teacher", "model"),
+            ("reward", "scorers"),
+        ):
             flag = f"--{section}"
         required = name in schema.get("required", ())
         default = "required" if required else _yaml(defaults[name])

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from . import console, data
 from .mismatch import early_roles
 from .models import attach, dtypes, load_model, load_tokenizer
+from .moving import MovingModel
 from .recipe import Run
 from .reference import AdapterOff, CachedLogps, FrozenModel, fingerprint, reads_vocabulary
 from .schema import UserError
@@ -42,6 +43,12 @@ def kind_of(run: Run) -> str:
     return "adapter" if run.model.peft is not None and run.reference.model is None else "frozen"
 
 
+def starts_there(run: Run) -> bool:
+    """Whether the policy is its reference, or its teacher, before it trains."""
+    another = run.reference.model is not None or run.reference.kind == "soup"
+    return not another and not run.teacher.model and run.teacher.kind != "served"
+
+
 def describe(run: Run) -> str:
     """Which reference a run reads, in words."""
     model = run.reference.model or run.model.name
@@ -61,15 +68,17 @@ def refuse_other_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> None
     Raises:
         UserError: its vocabulary is another; says by how much.
     """
-    other = run.reference.model
-    if other is None:
-        return
+    for other in ([run.reference.model] if run.reference.model else []) + [one.name for one in run.reference.models]:
+        _refuse_tokenizer(run, tokenizer, other)
+
+
+def _refuse_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase, other: str) -> None:
     settings = dataclasses.replace(run.model, name=other, tokenizer=None, revision=None, chat_template=None)
     theirs, ours = load_tokenizer(settings).get_vocab(), tokenizer.get_vocab()
     differing = sorted(token for token in {*theirs, *ours} if theirs.get(token) != ours.get(token))
     if differing:
         raise UserError(
-            f"reference.model: {other} has another tokenizer than {run.model.name}: {len(theirs)} and {len(ours)} tokens, "
+            f"reference: {other} has another tokenizer than {run.model.name}: {len(theirs)} and {len(ours)} tokens, "
             f"{len(differing)} differ, {differing[0]!r} for one; a reference has to read the same tokens"
         )
 
@@ -85,6 +94,12 @@ def build(
     kind = kind_of(run)
     if kind == "cached":
         return cached(run, args, model, loaded)
+    if kind == "ema":
+        settings = run.reference
+        start = _reference_model(run), settings.model or run.model.name
+        return MovingModel(*start, settings.rate or 0.01, settings.period or 1)
+    if kind == "soup":
+        return FrozenModel(_soup(run), describe(run))
     if kind == "frozen":
         return FrozenModel(_reference_model(run), run.reference.model or run.model.name)
     return AdapterOff() if kind == "adapter" else None
@@ -119,6 +134,31 @@ def _reference_model(run: Run) -> nn.Module:
     model = load_model(dataclasses.replace(run.model, peft=None, **other), low_precision=run.model.peft is not None)
     attach(model)
     return model
+
+
+def _soup(run: Run) -> nn.Module:
+    """A model whose weights are the mean of several checkpoints'.
+
+    Raises:
+        UserError: one cannot be loaded, or is another architecture.
+    """
+    chosen = run.reference.models
+    total = sum(one.weight for one in chosen)
+    mean, parts = None, {}
+    for one in chosen:
+        settings = dataclasses.replace(run.model, name=one.name, revision=one.revision, peft=None)
+        model = load_model(settings, low_precision=run.model.peft is not None, where="reference.models")
+        weights = dict(model.named_parameters())
+        mean, parts = (model, dict.fromkeys(weights, 0.0)) if mean is None else (mean, parts)
+        expected = {name: weight.shape for name, weight in mean.named_parameters()}
+        if {name: weight.shape for name, weight in weights.items()} != expected:
+            raise UserError(f"reference.models: {one.name} has other weights than {chosen[0].name}; one architecture is needed")
+        parts = {name: parts[name] + weight.detach().double() * (one.weight / total) for name, weight in weights.items()}
+    with torch.no_grad():
+        for name, weight in mean.named_parameters():
+            weight.copy_(parts[name])
+    attach(mean)
+    return mean
 
 
 def _compute(

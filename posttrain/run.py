@@ -112,7 +112,7 @@ def prepare(run: Run) -> Prepared:
         args=args,
         reference=reference,
         layout=run.layout,
-        starts_at_reference=run.reference.model is None and not run.teacher.model and run.teacher.kind != "served",
+        starts_at_reference=references.starts_there(run),
         retell=None if other is None else partial(Retold, tokenizer, other, teachers.positions(run)),
         nonfinite=run.nonfinite,
         train_dataset=loaded.train,
@@ -152,7 +152,9 @@ def execute(run: Run) -> Prepared:
     with writing(Path(args.output_dir)):
         export(prepared)
     if args.process_index == 0:
-        card.write(run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run) | trainers.describe(run))
+        card.write(
+            run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run) | trainers.describe(run)
+        )
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
         prepared.lock.release()

@@ -30,6 +30,7 @@ from .loading import loader
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, by_reference, causal_lm, evaluating, model_inputs
+from .moving import Follows, MovingModel
 from .reference import AdapterOff, CachedLogps, FrozenModel, Teachers, reads_vocabulary
 from .registry import Objective
 from .schema import UserError
@@ -117,6 +118,8 @@ class Trainer(transformers.Trainer):
             self._keep(self.own)
         if reference is not None:
             reference.prepare(self.accelerator)
+        if isinstance(reference, MovingModel):
+            self.add_callback(Follows(self, reference))
         self.add_callback(SelfCheck(self))
 
     def _keep(self, own: learned.Own) -> None:
@@ -349,10 +352,14 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As inherited; the objective's own parameters are those of the checkpoint, too."""
-        if self.own is not None and resume_from_checkpoint and not self.is_deepspeed_enabled:
+        """As inherited; the objective's own parameters and a reference that moves are those of the checkpoint, too."""
+        if resume_from_checkpoint:
             asked = resume_from_checkpoint
-            learned.load(self.own, Path(get_last_checkpoint(self.args.output_dir) if asked is True else asked))
+            folder = Path(get_last_checkpoint(self.args.output_dir) if asked is True else asked)
+            if self.own is not None and not self.is_deepspeed_enabled:
+                learned.load(self.own, folder)
+            if isinstance(self.reference, MovingModel):
+                self.reference.load(folder)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -29,6 +29,7 @@ LAYERS = [
     {"selfcheck"},
     {"teacher_cache", "teacher_server", "transcript"},
     {"rounds"},
+    {"moving"},
     {"reference", "engines", "rewards", "learned", "foreign", "faults"},
     {"trained"},
     {"scoring"},

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
 from posttrain.loading import Plan
 from posttrain.recipe import load_run
-from posttrain.run import Prepared, prepare
+from posttrain.records import read_metrics
+from posttrain.run import Prepared, export, prepare
 from posttrain.schema import UserError
 from posttrain.steps import StepTrainer
 from posttrain.transcript import distinct, read_transcript
 
 PROMPTS = 8
+TIMED = ("tokens_per_second", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(folder: Path, output: Path, *more: str) -> Prepared:
+def words_of(folder: Path, output: Path) -> list[str]:
+    """The settings that the tests share."""
     words = {
         "imports": "[sampled]",
         "objective.name": "sampled",
@@ -51,7 +58,11 @@ def run(folder: Path, output: Path, *more: str) -> Prepared:
         "train.logging_steps": 1,
         "train.use_cpu": "true",
     }
-    return prepare(load_run(None, None, [*(f"{key}={value}" for key, value in words.items()), *more]))
+    return [f"{key}={value}" for key, value in words.items()]
+
+
+def run(folder: Path, output: Path, *more: str) -> Prepared:
+    return prepare(load_run(None, None, [*words_of(folder, output), *more]))
 
 
 def trained(folder: Path, output: Path, *more: str, resume: str | None = None) -> Prepared:
@@ -65,9 +76,8 @@ def trained(folder: Path, output: Path, *more: str, resume: str | None = None) -
 
 def logs(prepared: Prepared) -> list[dict[str, Any]]:
     """What was logged at each step, but for the times."""
-    timed = ("tokens_per_second", "memory_gib")
     return [
-        {key: value for key, value in line.items() if key not in timed}
+        {key: value for key, value in line.items() if key not in TIMED}
         for line in prepared.trainer.state.log_history
         if "loss" in line
     ]
@@ -192,6 +202,47 @@ def test_every_prompt_of_an_epoch_is_in_one_step_of_one_round() -> None:
     assert not any(row is not None for batch in batches[6:24] for row in batch), "the rest of the round"
     left = list(Plan(batch_size=2, accumulation=3, processes=2, every=2, epochs=2, drop_last=True).batches(range(29)))
     assert len(left) == 2 * 2 * 3 * 2 and sum(row is not None for batch in left for row in batch) == 24
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
+    """Five prompts, two a process and step: in the second step of each epoch one process has none."""
+    more = ["beta=0.1", "drop=6", "data.limit=5", "train.max_steps=4", "rollouts.every=2", "rollouts.epochs=2"]
+    trained(folder, tmp_path / "one", *more)
+    words = [*words_of(folder, tmp_path / "two"), *more, "train.per_device_train_batch_size=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "posttrain"]
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    got = subprocess.run([*command, "train", *words], capture_output=True, text=True, env=environment)
+    assert got.returncode == 0, got.stderr[-4000:]
+    assert read_transcript(tmp_path / "two") == read_transcript(tmp_path / "one")
+    ours, theirs = (
+        [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(path) if "loss" in line]
+        for path in (tmp_path / "two", tmp_path / "one")
+    )
+    assert len(ours) == 4
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("words", [["advantage=gae", "beta=0.1"], ["advantage=grpo", "kl=loss"]])
+def test_policy_optimisation(folder: Path, tmp_path: Path, words: list[str]) -> None:
+    """A critic is trained, saved and read back; the exported model is without it."""
+    words = ["objective.name=rlhf", *words, "train.save_steps=2", "rollouts.epochs=2"]
+    whole = trained(folder, tmp_path, *words)
+    first = logs(whole)
+    assert first[0]["ratio/max"] == pytest.approx(1, abs=1e-5) and first[0]["kl"] == pytest.approx(0, abs=1e-6)
+    resumed = trained(folder, tmp_path, *words, resume=str(tmp_path / "checkpoint-2"))
+    assert logs(resumed) == first
+    pairs = zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True)
+    assert all(name == other and torch.equal(one, two) for (name, one), (other, two) in pairs)
+    critic = "objective.value" in dict(whole.model.named_parameters())
+    assert critic is ("advantage=gae" in words)
+    if critic:
+        assert whole.trainer.own.value.abs().max() > 0 and "values/loss" in first[0]
+        export(whole)
+        assert "objective.value" not in load_file(tmp_path / "model.safetensors")
 
 
 def test_distinct_bigrams() -> None:
