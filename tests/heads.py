@@ -105,6 +105,7 @@ def assert_equal_to_dense(
     workspace: int | None = None,
     ref: Head,
     eager: str | None = None,
+    keep: int = 0,
     impl: str = "chunked",
     device: str = "cpu",
     **needs: bool,
@@ -117,7 +118,9 @@ def assert_equal_to_dense(
     truth, slopes = values_and_gradients(exact, leaves, want, impl="dense", ref=ref, **arguments)
     ours, leaves = cast(head, dtype, device=device, **needs)
     arguments = {name: its.to(device) for name, its in arguments.items()} | {"ref": cast(ref, dtype, device=device)[0]}
-    got, gradients = values_and_gradients(ours, leaves, want, impl=impl, workspace=workspace, eager=eager, **arguments)
+    got, gradients = values_and_gradients(
+        ours, leaves, want, impl=impl, workspace=workspace, eager=eager, keep=keep, **arguments
+    )
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     assert list(got) == list(truth)
     for name, value in got.items():

@@ -24,7 +24,7 @@ from heads import (
     stats_and_gradients,
     values_and_gradients,
 )
-from posttrain_kernels import KLS, ONE_HEAD, Head, Separable, head_stats
+from posttrain_kernels import KLS, ONE_HEAD, Head, Separable, backward, head_stats
 from torch import Tensor
 
 from posttrain.divergences import divergence
@@ -191,6 +191,29 @@ def test_a_token_has_the_same_bits_in_any_batch_and_schedule(dtype: torch.dtype)
     assert torch.equal(trained, whole) and torch.equal(frozen, whole)
     assert torch.equal(both["logp"], whole) and torch.equal(both["ref_logp"], whole)
     assert both["forward_kl"].abs().max() == 0
+
+
+@pytest.mark.parametrize("keep", [1, 60_000, 10**9])
+def test_held_logits_give_the_same_bits(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, some, and all tiles; a second backward through the same graph, which finds none, too."""
+    products = []
+    exact = backward.logits_tile
+    monkeypatch.setattr(backward, "logits_tile", lambda *a, **k: products.append(a[2]) or exact(*a, **k))
+    head, leaves = cast(policy(softcap=5.0, extra=True, bias=True, vocab=690), torch.float32)
+    weights = [normal(N, seed=1).float(), normal(N, seed=2).float()]
+    found, counts = [], []
+    for held in (0, keep):
+        out = head_stats(head, ["logp", "entropy"], target=ids(high=690), workspace=TINY, keep=held)
+        total = sum((value * weight).sum() for value, weight in zip(out.values(), weights, strict=True))
+        for _ in range(2):
+            products.clear()
+            found.append([total.detach(), *torch.autograd.grad(total, leaves, retain_graph=True)])
+            counts.append(len(products))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    all_tiles = counts[0]
+    assert counts == [all_tiles, all_tiles, {1: all_tiles, 10**9: 0}.get(keep, counts[2]), all_tiles]
+    assert keep != 60_000 or 0 < counts[2] < all_tiles
 
 
 # ------------------------------------------------------------------------------------------------ memory

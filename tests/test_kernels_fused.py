@@ -35,11 +35,14 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_fused(head) is None
     assert why_not_fused(policy()) == "the head is torch.float64; hidden states of 32 bits or less are needed"
     assert why_not_fused(head, policy()) == "the ref is torch.float64; hidden states of 32 bits or less are needed"
+    choose._triton.cache_clear()
     monkeypatch.setattr(choose, "version", lambda name: "3.5.1")
     assert why_not_fused(head) == "triton 3.5.1 is too old; 3.6 or later is needed"
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
+    choose._triton.cache_clear()
     monkeypatch.setattr(choose, "version", missing)
     assert why_not_fused(head) == "triton is not installed"
+    choose._triton.cache_clear()

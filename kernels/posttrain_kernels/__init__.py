@@ -46,6 +46,7 @@ def head_stats(
     workspace: int | None = None,
     impl: Literal["auto", "dense", "chunked", "fused"] = "auto",
     eager: str | None = None,
+    keep: int = 0,
 ) -> dict[str, Tensor]:
     """Statistics of softmax(logits of `head`), per token.
 
@@ -66,6 +67,8 @@ def head_stats(
         eager: name of the one wanted statistic whose upstream gradient will be the same number for every token, as under a
             mean over tokens. Its gradients are then taken in the forward, which saves a product with each head, at the price of
             holding dW from the forward on. If the numbers differ after all, the gradient is still exact and nothing is saved.
+        keep: bytes of logits that may be held from the forward to the backward of a trained head, so that they need not be
+            computed again there. For statistics of one head; the gradient has the same bits.
 
     Returns:
         By name, [N] (gather: [N, K]) float32 tensors, float64 for float64 inputs; all differentiable but argmax, ref_logp,
@@ -87,5 +90,5 @@ def head_stats(
             passes = passes_for(want)
         elif impl == "fused":
             raise ValueError(f"fused: {reason}")
-    arguments = {"target": target, "index": index, "ref": ref, "workspace": workspace, "eager": eager}
+    arguments = {"target": target, "index": index, "ref": ref, "workspace": workspace, "eager": eager, "keep": keep}
     return chunked_stats(head, want, **arguments, passes=passes)

@@ -7,6 +7,7 @@ statistics of whole rows (`Rowwise`) tokens outermost, with sums for dW in the d
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def backward_pass(task: Task, result: Result, upstream: Mapping[str, Tensor], ne
     if n == 0 or not upstream:
         return Gradients.zeros(head, need)
     whole = coefficients_of(task, result, upstream, slice(n))
-    return _by_block(task, result, whole, need) if whole.rowwise else _by_tile(task, whole, need)
+    held, result.held = result.held, {}  # a second attempt, or backward, finds none
+    return _by_block(task, result, whole, need) if whole.rowwise else _by_tile(task, whole, need, held)
 
 
 def _by_block(task: Task, result: Result, whole: Coefficients, need: Need) -> Gradients:
@@ -43,7 +45,7 @@ def _by_block(task: Task, result: Result, whole: Coefficients, need: Need) -> Gr
     return out
 
 
-def _by_tile(task: Task, whole: Coefficients, need: Need) -> Gradients:
+def _by_tile(task: Task, whole: Coefficients, need: Need, held: dict[tuple[int, int], Tensor]) -> Gradients:
     head, n = task.head, len(task.head.x)
     out = Gradients(
         [whole.factor.new_zeros(x.shape) if needed else None for (x, _), needed in zip(head.terms, need.x, strict=True)],
@@ -56,43 +58,76 @@ def _by_tile(task: Task, whole: Coefficients, need: Need) -> Gradients:
     chunks = task.sizes.chunks(n)
     rows = max(chunk.stop - chunk.start for chunk in chunks)
     work = [whole.factor.new_empty(rows * task.sizes.items) for _ in range(2 if whole.pairs else 1)]
+    sweep = _Sweep(task, whole, out, chunks, work, _scaled(task, whole, need, chunks))
     for start, stop in task.tiles(head):
-        _backward_tile(task, whole, out, chunks, start, stop, work)
+        _backward_tile(sweep, start, stop, held.pop((start, stop), None))
     for total in out.x:
         if total is not None:
             total *= row_factor(head, whole.factor, slice(n))
     return out
 
 
-def _backward_tile(
-    task: Task, whole: Coefficients, out: Gradients, chunks: list[slice], start: int, stop: int, work: list[Tensor]
-) -> None:
-    head, width = task.head, stop - start
+@dataclass
+class _Sweep:
+    """What all tiles of a backward share."""
+
+    task: Task
+    whole: Coefficients
+    out: Gradients
+    chunks: list[slice]
+
+    work: list[Tensor]
+    """Memory of a tile, for each head that is read."""
+
+    scaled: list[Tensor | None]
+    """[N, H_i] of every term: x times its row factor, as operands; None where that is taken for each tile anew."""
+
+
+def _scaled(task: Task, whole: Coefficients, need: Need, chunks: list[slice]) -> list[Tensor | None]:
+    """On a GPU all at once, as operands are narrow there; on a CPU they would take as much memory as the gradient of x."""
+    if task.head.x.device.type == "cpu":
+        return [None] * len(task.head.terms)
+    return [
+        torch.cat([_times_factor(task, whole, x, rows) for rows in chunks]) if needed else None
+        for (x, _), needed in zip(task.head.terms, need.weight, strict=True)
+    ]
+
+
+def _times_factor(task: Task, whole: Coefficients, x: Tensor, rows: slice) -> Tensor:
+    factor = row_factor(task.head, whole.factor[rows], rows)
+    return operand(x[rows].to(factor.dtype) * factor, x)
+
+
+def _backward_tile(sweep: _Sweep, start: int, stop: int, held: Tensor | None) -> None:
+    task, whole, out, head, width = sweep.task, sweep.whole, sweep.out, sweep.task.head, stop - start
     weights = tile_weights(head, start, stop)
     pairs = bool(whole.pairs) and stop <= task.edge
     ref_weights = tile_weights(task.ref, start, stop) if pairs else []
     sums = [None if w is None else _sum_of(w[start:stop], whole.factor.dtype) for w in out.weight]
     bias = whole.factor.new_zeros(width) if out.bias is not None else None
-    for i, rows in enumerate(chunks):
+    for i, rows in enumerate(sweep.chunks):
         n = rows.stop - rows.start
-        z, *rest = (buffer[: n * width].view(n, width) for buffer in work)
-        with exact_products(head.x):
-            logits_tile(head, weights, start, rows, z, raw=task.passes.raw)
+        z, *rest = (buffer[: n * width].view(n, width) for buffer in sweep.work)
+        if held is not None:
+            z = held[rows]
+        else:
+            with exact_products(head.x):
+                logits_tile(head, weights, start, rows, z, raw=task.passes.raw)
         if pairs:
             with exact_products(task.ref.x):
                 logits_tile(task.ref, ref_weights, start, rows, rest[0])
         own = whole.rows(rows)
-        factor = row_factor(head, own.factor, rows)
         dz = task.passes.gradient(task, own, z, rest[0] if pairs else None, start, rows)
         if bias is not None:
-            bias.addmv_(dz.mT, factor.squeeze(1))
+            bias.addmv_(dz.mT, row_factor(head, own.factor, rows).squeeze(1))
         with exact_products(head.x):
-            for (x, _), weight, dx, dw in zip(head.terms, weights, out.x, sums, strict=True):
+            for (x, _), scaled, weight, dx, dw in zip(head.terms, sweep.scaled, weights, out.x, sums, strict=True):
                 narrowed = narrow(dz, x)
                 if dx is not None:
                     accumulate(dx[rows], narrowed, weight, add=True)
                 if dw is not None:
-                    accumulate(dw, narrowed.mT, operand(x[rows].to(factor.dtype) * factor, x), add=i > 0)
+                    right = _times_factor(task, whole, x, rows) if scaled is None else scaled[rows]
+                    accumulate(dw, narrowed.mT, right, add=i > 0)
     for total, dw in zip(out.weight, sums, strict=True):
         if total is not None and dw.dtype != total.dtype:
             total[start:stop] = dw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib.metadata import PackageNotFoundError, version
 
@@ -28,6 +29,12 @@ def why_not_fused(head: Head, ref: Head | None = None) -> str | None:
         return f"the GPU is too old (compute capability below {'.'.join(map(str, _CAPABILITY))})"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the hidden states are on {device.type}; an NVIDIA GPU is needed, or TRITON_INTERPRET=1"
+    return _triton()
+
+
+@functools.cache
+def _triton() -> str | None:
+    """What is wrong with triton, if anything."""
     try:
         found = version("triton")
     except PackageNotFoundError:

@@ -4,7 +4,7 @@ Forward: for each tile of the vocabulary and block of tokens, project and fold (
 (divergences), whole rows, or a gradient in the forward keeps the logits of one block of tokens and goes over them again.
 
 Backward, three schedules:
-    deferred    project again (backward.py).
+    deferred    project again (backward.py) what was not held; `keep` says how much of it is.
     row-scale   frozen head: d(sum_n u_n S_n)/dx_n = u_n g_n with g_n = (dS_n/dz) W known in the forward; the backward scales
                 rows. For one statistic (the eager one, else logp if wanted); gradients of the others are deferred.
     eager       trained head, one statistic whose u_n the caller expects to be equal: the forward has taken all its gradients
@@ -95,6 +95,7 @@ class _Plan:
 
     need: Need
     eager: str | None
+    keep: int
 
     @property
     def names(self) -> list[str]:
@@ -126,7 +127,12 @@ class _Plan:
     def forward(self, tensors: Sequence[Tensor | None], unit: str | None, need: Need | None) -> Result:
         """The forward pass, in as much memory as there is."""
         return with_less(
-            lambda workspace: forward_pass(self.task(tensors, workspace), unit=unit, need=need),
+            lambda workspace: forward_pass(
+                self.task(tensors, workspace),
+                unit=unit,
+                need=need,
+                hold=self.keep if workspace == self.workspace else 0,  # where memory ran out, nothing is held
+            ),
             self.workspace,
             tensors[2 + _X].device,
         )
@@ -158,6 +164,7 @@ def chunked_stats(
     ref: Head | None,
     workspace: int | None,
     eager: str | None,
+    keep: int = 0,
     passes: Passes = TORCH,
 ) -> dict[str, Tensor]:
     """`head_stats` without an [N, V] tensor; `passes` go over the elements of the tiles."""
@@ -168,11 +175,13 @@ def chunked_stats(
     need = Need.of(head)
     single = head.softcap is None and not set(names) - {"logp", "lse", "max_logp", *CONSTANT}
     cut = {
-        "temporaries": 1 if single else passes.temporaries,
+        "temporaries": passes.alone if single else passes.temporaries,
         "whole": max((entry.temporaries for entry in rowwise), default=0),
     }
     forms = tuple(Form.of(one) for one in heads)
-    plan = _Plan(tuple(want), workspace_of(head, workspace), **cut, passes=passes, forms=forms, need=need, eager=eager)
+    plan = _Plan(
+        tuple(want), workspace_of(head, workspace), **cut, passes=passes, forms=forms, need=need, eager=eager, keep=keep
+    )
     read_target = target if "logp" in names or "ref_logp" in names or rowwise else None
     inputs = [read_target, index if "gather" in names else None, *(tensor for one in heads for tensor in one.tensors)]
     if need.any:
@@ -193,6 +202,7 @@ class _Statistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(v for name, v in zip(plan.names, outputs, strict=True) if name in plan.constant))
         ctx.plan, ctx.sums, ctx.inputs, ctx.unit = plan, tuple(result.sums), len(inputs), result.unit
+        ctx.held = result.held
         # The inputs are saved as they came: a parameter whose data is swapped between the passes (ZeRO-3) is read anew.
         ctx.save_for_backward(*inputs, *result.state.tensors(), result.reference, *result.sums.values())
         return tuple(outputs)
@@ -204,7 +214,8 @@ class _Statistics(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) for _ in range(ctx.inputs)]
         state = State(*(next(saved) for _ in fields(State)))
-        result = Result(state, next(saved), {}, {name: next(saved) for name in ctx.sums}, None)
+        result = Result(state, next(saved), {}, {name: next(saved) for name in ctx.sums}, None, ctx.held)
+        ctx.held = {}
         upstream = {name: grad for name, grad in zip(plan.names, grads, strict=True) if grad is not None}
         ready = _scaled_unit(ctx, upstream.get(plan.unit))
         if ready is not None:

@@ -13,11 +13,12 @@ from .streamed import Streamed
 from .task import Block, Gradients, Need, Result, Sizes, Task
 
 
-def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
+def forward_pass(task: Task, *, unit: str | None, need: Need | None, hold: int = 0) -> Result:
     """Fold all logits; with `unit`, also the gradient of that statistic for upstream gradients of 1.
 
     Args:
         need: what wants a gradient; None: nothing does.
+        hold: bytes of tiles that may be left for the backward, where no whole rows are needed here.
     """
     head, n = task.head, len(task.head.x)
     streamed = Streamed(head, need.x, task.sizes.block) if _streams(task, unit, need) else None
@@ -40,8 +41,15 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None) -> Result:
     rows = max((pad.stop - pad.start for _, pad in blocks), default=0)
     scratch = [its.m.new_empty(rows * task.sizes.items) for _, its, _ in heads]
     if not keep:
+        for start, stop in task.tiles(head) if need is not None and unit is None else []:
+            hold -= padded * (stop - start) * head.dtype.itemsize
+            if hold < 0:
+                break
+            result.held[start, stop] = state.m.new_empty(padded, stop - start)
         for (one, its, its_ids), work in zip(heads, scratch, strict=True):
-            _fold(task, one, its, its_ids, blocks, [], work, streamed if its is state else None)
+            own = its is state
+            held = list(result.held.values()) if own else []
+            _fold(task, one, its, its_ids, blocks, held, work, streamed if own else None)
     else:
         kept = [[its.m.new_empty(rows, stop - start) for start, stop in task.tiles(one)] for one, its, _ in heads]
         for block in blocks:
@@ -89,15 +97,16 @@ def _fold(
     scratch: Tensor,
     streamed: Streamed | None = None,
 ) -> None:
-    """Project and fold all tiles of `blocks`; `kept` receives the logits, one tensor a tile, if given; `streamed` takes in
-    the tiles, too."""
+    """Project and fold all tiles of `blocks`; `kept` receives those of the first tiles, one tensor with all blocks each;
+    `streamed` takes in the tiles, too."""
     parts = [(real, padded.stop - padded.start, state.rows(padded), ids[padded]) for real, padded in blocks]
     with exact_products(head.x):
         for j, (start, stop) in enumerate(task.tiles(head)):
             weights = tile_weights(head, start, stop)
             for real, rows, part, its_ids in parts:
                 work = scratch[: rows * (stop - start)].view(rows, stop - start)
-                z = kept[j][:rows] if kept else work
+                at = real.start - blocks[0][0].start
+                z = kept[j][at : at + rows] if j < len(kept) else work
                 raw = task.passes.raw and head is task.head
                 project(head, task.sizes, weights, start, real, z, raw=raw)
                 merge = task.passes.fold(head if raw else None, part, z, start, real, its_ids, work)

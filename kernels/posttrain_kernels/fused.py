@@ -193,10 +193,11 @@ def fold(raw: Head | None, state: State, z: Tensor, start: int, rows: slice, ids
     """`State.fold`, for the tokens that are no padding; leaves the tile as it is."""
     n, width = rows.stop - rows.start, z.shape[1]
     count = ids.shape[1]
-    _fold[(n,)](
-        z, z.stride(0), width, start, ids, state.at, count, state.m, state.r, state.argmax, state.e1, state.e2,
-        **_raw(raw, start, start + width, rows), **_launch(width), K=triton.next_power_of_2(count) if count else 0,
-    )  # fmt: skip
+    with torch.cuda.device_of(z):
+        _fold[(n,)](
+            z, z.stride(0), width, start, ids, state.at, count, state.m, state.r, state.argmax, state.e1, state.e2,
+            **_raw(raw, start, start + width, rows), **_launch(width), K=triton.next_power_of_2(count) if count else 0,
+        )  # fmt: skip
 
 
 def divergences(task: Task, result: Result, rows: slice, kept: Kept) -> None:
@@ -205,11 +206,12 @@ def divergences(task: Task, result: Result, rows: slice, kept: Kept) -> None:
     sums = result.state.m.new_zeros(len(task.divergences), 2, n)
     common, reference = result.state.common[rows], result.reference[rows]
     # The tiles of the common vocabulary come first in both.
-    for (start, stop), z, zq in zip(task.tiles(task.head), *kept, strict=False):
-        _divergences[(n,)](
-            z, z.stride(0), zq, zq.stride(0), stop - start, common, reference, sums, n,
-            **_raw(task.head, start, stop, rows), **_launch(stop - start), **_formulas(task, task.divergences),
-        )  # fmt: skip
+    with torch.cuda.device_of(sums):
+        for (start, stop), z, zq in zip(task.tiles(task.head), *kept, strict=False):
+            _divergences[(n,)](
+                z, z.stride(0), zq, zq.stride(0), stop - start, common, reference, sums, n,
+                **_raw(task.head, start, stop, rows), **_launch(stop - start), **_formulas(task, task.divergences),
+            )  # fmt: skip
     for name, (value, total) in zip(task.divergences, sums, strict=True):
         result.values[name][rows] = value
         if name in result.sums:
@@ -226,11 +228,12 @@ def gradient(task: Task, own: Coefficients, z: Tensor, zq: Tensor | None, start:
     of_row = [own.lse, own.c0, own.c1, own.c2, own.at_max, own.argmax, own.ids, own.add]
     of_pair = [own.common, own.reference] if names else [None, None]
     of_row, of_pair = ([None if it is None else it.contiguous() for it in group] for group in (of_row, of_pair))
-    _gradient[(n,)](
-        z, z.stride(0), out, out.stride(0), width, start, *of_row, own.ids.shape[1],
-        zq if names else None, zq.stride(0) if names else 0, *of_pair, pairs, n,
-        **_raw(head, start, start + width, rows), **_launch(width), **_formulas(task, names),
-    )  # fmt: skip
+    with torch.cuda.device_of(z):
+        _gradient[(n,)](
+            z, z.stride(0), out, out.stride(0), width, start, *of_row, own.ids.shape[1],
+            zq if names else None, zq.stride(0) if names else 0, *of_pair, pairs, n,
+            **_raw(head, start, start + width, rows), **_launch(width), **_formulas(task, names),
+        )  # fmt: skip
     return out
 
 
@@ -239,7 +242,7 @@ def _formulas(task: Task, names: Sequence[str]) -> dict[str, tuple[str, ...] | t
     return {"NAMES": tuple(name for name, _ in formulas), "PARAMETERS": tuple(number for _, number in formulas)}
 
 
-WHOLE = Passes(fold, divergences, gradient, temporaries=1, raw=True)
+WHOLE = Passes(fold, divergences, gradient, temporaries=3, alone=2, raw=True)
 """All by Triton. A policy's tiles stay products throughout; those of the ref are made logits by torch."""
 
 FOLD = dataclasses.replace(TORCH, fold=fold, streams=False)

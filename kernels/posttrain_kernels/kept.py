@@ -141,5 +141,5 @@ def _row_gradient(task: Task, result: Result, own: Coefficients, tokens: slice, 
     return total.addcmul_(lp.exp_(), total.sum(-1, keepdim=True), value=-1)
 
 
-TORCH = Passes(fold, divergences, gradient_tile, temporaries=8, streams=True)
+TORCH = Passes(fold, divergences, gradient_tile, temporaries=8, alone=1, streams=True)
 """The elements of a tile by torch operations."""

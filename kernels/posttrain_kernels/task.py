@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,7 +81,10 @@ class Passes:
     row factor, in the dtype of the logits or of the operands; overwrites both tiles."""
 
     temporaries: int
-    """Tiles that `fold` needs at once."""
+    """Tiles that a fold, or a gradient, needs at once."""
+
+    alone: int
+    """Tiles that the gradient of log-probs alone needs at once."""
 
     raw: bool = False
 
@@ -221,3 +224,6 @@ class Result:
 
     unit: Gradients | None
     """Of the statistic whose gradient is taken in the forward, for upstream gradients of 1."""
+
+    held: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(start, stop) -> [N or more, C] that tile of the policy, as the passes read it; a backward uses it up."""
