@@ -67,7 +67,8 @@ class Meter:
             names = sorted(self._extremes)
             gathered = accelerator.gather(torch.stack([self._extremes[name] for name in names], 1))  # [ranks, k]
             for name, value in zip(names, gathered.max(0).values.tolist(), strict=True):
-                out[name] = value if name.endswith("/max") else -value
+                if value != -np.inf:
+                    out[name] = value if name.endswith("/max") else -value
         for name in sorted(self._values):
             padded = accelerator.pad_across_processes(torch.cat(self._values[name]), pad_index=torch.nan)
             seen = accelerator.gather(padded)

@@ -40,7 +40,7 @@ def test_endings(name: str, expected: float, cuts: list[int]) -> None:
     assert reduced(name, *parts) == {name: pytest.approx(expected, abs=1e-12)}
 
 
-@pytest.mark.parametrize("name", ["w", "w/sum", "w/p50", "w/ess"])
+@pytest.mark.parametrize("name", ["w", "w/sum", "w/max", "w/min", "w/p50", "w/ess"])
 def test_what_nobody_saw_is_left_out(name: str) -> None:
     assert reduced(name, [], []) == {}
 

@@ -1,0 +1,120 @@
+"""RLHF with KL and SuperHF in the trainer: settings of each kind train, on the policy where they should; states go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from tiny_models import tiny
+
+from posttrain.recipe import load_run
+from posttrain.run import Prepared, prepare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, tokenizer = tmp_path_factory.mktemp("rlhf"), tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    rows = [{"prompt": f"ab {i}?", "bonus": 0} for i in range(4)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def trained(folder: Path, output: Path, *more: str, method: str = "rlhf", resume: str | None = None) -> Prepared:
+    words = {
+        "model": folder / "model",
+        "data": folder / "rows.jsonl",
+        "data.max_length": 200,
+        "reward": "sampled:spread",
+        "rollouts.group_size": 3,
+        "sampling.max_new_tokens": 5,
+        "train.output_dir": output,
+        "train.max_steps": 2,
+        "train.learning_rate": 1e-2,
+        "train.lr_scheduler_type": "constant",
+        "train.warmup_steps": 0,
+        "train.per_device_train_batch_size": 2,
+        "train.logging_steps": 1,
+        "train.use_cpu": "true",
+    }
+    prepared = prepare(load_run(method, None, [*(f"{key}={value}" for key, value in words.items()), *more]))
+    try:
+        prepared.trainer.train(resume_from_checkpoint=resume)
+    finally:
+        prepared.lock.release()
+    return prepared
+
+
+def logs(prepared: Prepared) -> list[dict[str, Any]]:
+    return [line for line in prepared.trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("settings", "metrics"),
+    [
+        (["beta=0.2"], ["kl/weight", "mismatch/weight/ess", "groups/alike"]),
+        (["advantage=reinforce_pp", "kl_estimate=analytic"], ["kl/analytic"]),
+        (["kl=loss", "kl_estimate=k3", "advantage=grpo", "mean=sequences"], ["kl/k3"]),
+        (["kl=none", "token_weights=steer", "ratio=sequence_mean"], ["steer"]),
+        (["token_weights=kl_cov", "cov_share=0.2"], ["covariance/max"]),
+        (["entropy_bonus=1e-3", "entropy_range=[0.05,0.23]", "entropy_drop=0.2"], ["entropy/rewarded", "entropy/weight"]),
+    ],
+    ids=["rloo", "analytic", "k3", "steer", "kl_cov", "entropy"],
+)
+def test_trains_on_the_policy(settings: list[str], metrics: list[str], folder: Path, tmp_path: Path) -> None:
+    first, second = logs(trained(folder, tmp_path, *settings))
+    for line in (first, second):
+        assert line["ratio/max"] == pytest.approx(1, abs=1e-5) and line["kl/old"] == pytest.approx(0, abs=1e-6)
+        assert all(name in line for name in metrics)
+        assert not line["clip/low"] and not line["clip/high"]
+    assert first["loss"] != second["loss"]
+
+
+def test_a_round_may_teach_nothing(folder: Path, tmp_path: Path) -> None:
+    """No completion comes to its end within 5 tokens: none is learned from, and nothing is said of any."""
+    (first, second) = logs(trained(folder, tmp_path, "mask_truncated=true", "sampling.stop_at_eos=false"))
+    for line in (first, second):
+        assert line["rollouts/kept"] == 0 and line["loss"] == 0 and line["grad_norm"] == 0
+        assert "ratio/max" not in line and line["kl/weight"] == pytest.approx(0.05)
+
+
+def test_a_critic_learns_beside_the_policy(folder: Path, tmp_path: Path) -> None:
+    """Its values start at 0; under clipping a second pass over the round is off the policy."""
+    more = ["advantage=gae", "rollouts.group_size=1", "rollouts.epochs=2", "train.max_steps=4", "value_learning_rate=0.1"]
+    prepared = trained(folder, tmp_path, *more, "train.per_device_train_batch_size=4")
+    lines = logs(prepared)
+    assert lines[0]["values"] == 0 and lines[1]["values"] != 0
+    assert lines[1]["values/loss"] < lines[0]["values/loss"]
+    assert lines[0]["ratio/max"] == pytest.approx(1, abs=1e-5) and lines[1]["ratio/max"] > 1 + 1e-4
+    assert not any("objective" in name for name in prepared.model.state_dict() if "value" not in name)
+
+
+def test_the_weight_of_the_kl_follows_its_target(folder: Path, tmp_path: Path) -> None:
+    """The policy is at the reference in the first round, which lowers the weight; that is in checkpoints."""
+    more = [
+        "beta=0.2",
+        "kl_target=5.0",
+        "kl_horizon=60",
+        "train.max_steps=3",
+        "train.save_strategy=steps",
+        "train.save_steps=1",
+        "train.save_total_limit=9",
+    ]
+    whole = trained(folder, tmp_path, *more)
+    weights = [line["kl/weight"] for line in logs(whole)]
+    assert weights[0] == pytest.approx(0.2) and weights[1] == pytest.approx(0.2 * (1 - 0.2 * 6 / 60))
+    resumed = trained(folder, tmp_path, *more, resume=str(tmp_path / "checkpoint-1"))
+    assert [line["kl/weight"] for line in logs(resumed)] == weights
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_superhf_learns_from_the_best(folder: Path, tmp_path: Path) -> None:
+    first, second = logs(trained(folder, tmp_path, "beta=0.5", method="superhf"))
+    assert abs(first["kl/forward"]) < 1e-6 and second["kl/forward"] > 1e-4
+    assert first["reward/kept"] >= first["reward"] and first["rollouts/kept"] == pytest.approx(1 / 3)
