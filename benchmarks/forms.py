@@ -31,6 +31,7 @@ FORMS = {
     "cce": "cut-cross-entropy",
     "ours": "posttrain_kernels",
     "eager": "posttrain_kernels, eager",
+    "held": "posttrain_kernels, all logits held",
     "chunked": "posttrain_kernels, without Triton",
 }
 """Name -> how the table calls it."""
@@ -44,6 +45,8 @@ def form(name: str, statistic: str, dtype: str, case: str, device: str) -> Form 
     if name == "naive32" and dtype == "float32":
         return None
     if (name == "chunked" and device != "cuda") or (name == "trl" and not find_spec("trl")):
+        return None
+    if name == "held" and (statistic != "logp" or case != "trained"):
         return None
     if statistic == "logp":
         return _logp(name, device)
@@ -81,12 +84,21 @@ def _logp(name: str, device: str) -> Form | None:
         return -linear_cross_entropy(x, weight, target, reduction="none", impl=impl)
 
     def ours(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        impl = "chunked" if name == "chunked" else "auto"
-        return head_stats(Head(x, weight), ["logp"], target=target, impl=impl)["logp"]
+        how = {"impl": "chunked" if name == "chunked" else "auto", "keep": 1 << 50 if name == "held" else 0}
+        return head_stats(Head(x, weight), ["logp"], target=target, **how)["logp"]
 
     if (name == "liger" and not find_spec("liger_kernel")) or (name == "cce" and not find_spec("cut_cross_entropy")):
         return None
-    return {"naive": naive, "naive32": naive32, "trl": trl, "liger": liger, "cce": cce, "ours": ours, "chunked": ours}.get(name)
+    return {
+        "naive": naive,
+        "naive32": naive32,
+        "trl": trl,
+        "liger": liger,
+        "cce": cce,
+        "ours": ours,
+        "held": ours,
+        "chunked": ours,
+    }.get(name)
 
 
 def adaptive(lp: Tensor, lq: Tensor) -> Tensor:

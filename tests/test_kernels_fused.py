@@ -25,6 +25,31 @@ def test_equals_the_definition_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
+def test_compiles_for_a_gpu_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For compute capability 9.0, with the options that take most code and with those of log-probs alone."""
+    triton = pytest.importorskip("triton")
+    from posttrain_kernels import fused
+    from posttrain_kernels.formulas import FORMULAS
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"z_stride", "zq_stride", "out_stride", "width", "start", "count", "n", "stride"}
+    integers = {"ids": "*i64", "argmax": "*i64", "out": "*bf16", "bias": "*bf16", "constant": "fp32"} | dict.fromkeys(
+        sizes, "i32"
+    )
+    absent = dict.fromkeys(("bias", "temperature", "e1", "e2", "c0", "c1", "c2", "zq", "common", "reference", "pairs"))
+    alone = {"SCALE": 1.0, "CAP": None, "NAMES": (), "PARAMETERS": (), "K": 1, "BLOCK": 8192, "count": 1, **absent}
+    every = {"SCALE": 0.5, "CAP": 30.0, "NAMES": FORMULAS, "PARAMETERS": (0.3,) * len(FORMULAS), "K": 64, "BLOCK": 2048}
+    for kernel, options in ((fused._fold, alone), (fused._fold, every), (fused._gradient, alone), (fused._gradient, every)):
+        names = kernel.arg_names
+        constants = {name: value for name, value in options.items() if name in names}
+        signature = {name: "constexpr" if name in constants else integers.get(name, "*fp32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16, "enable_fp_fusion": True})
+        assert len(compiled.asm["cubin"]) > 1000
+
+
 def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     head = cast(policy(), torch.float32)[0]
