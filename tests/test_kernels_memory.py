@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from posttrain_kernels import memory
+from heads import cast, policy, reference
+from posttrain_kernels import costs, l1_cost, memory, span_cost, top, top_k
+from torch import Tensor
 
 PROGRAM = """
 import logging, resource, sys
@@ -87,3 +89,46 @@ def test_other_errors_are_not_swallowed() -> None:
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         memory.with_less(attempt, 8 << 20, torch.device("cpu"))
+
+
+SINGLE, LAST = torch.arange(8), torch.arange(1, 9)
+
+OTHERS = {
+    "top_k": (top, lambda head, ref: top_k(head, 5, workspace=8 << 20)[1]),
+    "l1_cost": (costs, lambda head, ref: l1_cost(head, ref, workspace=8 << 20)),
+    "span_cost": (costs, lambda head, ref: span_cost(head, ref, SINGLE, LAST, workspace=8 << 20)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_calls_try_less_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, each on its own; what comes out is what enough memory gives."""
+    module, call = OTHERS[name]
+    plain = module.sizes_of
+    most = 8 << 20
+    tried: list[int] = []
+
+    def scarce(head: object, workspace: int, **kwargs: int) -> object:
+        tried.append(workspace)
+        if workspace > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(head, workspace, **kwargs)
+
+    def results(forward: int, backward: int) -> list[Tensor]:
+        nonlocal most
+        monkeypatch.setattr(memory, "_limits", {})
+        most = forward
+        head, leaves = cast(policy(n=9, v=500), torch.float32)
+        out = call(head, cast(reference(9, 500), torch.float32)[0])
+        monkeypatch.setattr(memory, "_limits", {})
+        most = backward
+        return [out, *(torch.autograd.grad(out.sum(), leaves) if out.requires_grad else ())]
+
+    monkeypatch.setattr(module, "sizes_of", scarce)
+    expected = results(8 << 20, 8 << 20)
+    assert set(tried) == {8 << 20}
+    tried.clear()
+    found = results(4 << 20, 2 << 20)
+    assert set(tried) == ({8 << 20, 4 << 20, 2 << 20} if name != "top_k" else {8 << 20, 4 << 20})
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

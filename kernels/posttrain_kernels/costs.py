@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .chunked import chunked_stats, sizes_of, workspace_of
 from .head import Form, Head, check_shapes, common
+from .memory import with_less
 from .project import exact_products, logits_tile, row_factor, softcap_slope, tile_weights
 from .task import Gradients, Need
 
@@ -99,11 +100,19 @@ class _Plan:
     """The part of a call that is not tensors."""
 
     cost: Cost
-    forms: tuple[Form, Form]
-    width: int
-    """Items of a tile."""
+    numbers: int
+    """How many numbers an item of a tile takes."""
 
+    workspace: int
+    """Bytes of temporary memory to aim at."""
+
+    forms: tuple[Form, Form]
     need: Need
+
+    def width(self, head: Head, workspace: int) -> int:
+        """Items of a tile."""
+        most = sizes_of(head, workspace, temporaries=1, whole=0).items
+        return min(max(workspace // (max(self.numbers, 1) * head.dtype.itemsize), 16), most)
 
     def heads(self, tensors: Sequence[Tensor | None]) -> tuple[Head, Head]:
         """The heads put together again."""
@@ -117,9 +126,7 @@ def _cost(head: Head, ref: Head, cost: Cost, *, numbers: int, workspace: int | N
     check_shapes("ref", ref, len(ref.x))
     edge = common(head, ref)
     head, ref = (dataclasses.replace(one, vocab=edge) for one in (head, ref))
-    space, most = workspace_of(head, workspace), sizes_of(head, workspace, temporaries=1, whole=0).items
-    width = min(max(space // (max(numbers, 1) * head.dtype.itemsize), 16), most)
-    plan = _Plan(cost, (Form.of(head), Form.of(ref)), width, Need.of(head))
+    plan = _Plan(cost, numbers, workspace_of(head, workspace), (Form.of(head), Form.of(ref)), Need.of(head))
     with torch.no_grad():
         arguments = {"target": None, "index": None, "ref": None, "workspace": workspace, "eager": None}
         normalisers = [chunked_stats(one, ["lse"], **arguments)["lse"] for one in (head, ref)]
@@ -144,12 +151,13 @@ class _Tile:
     """[N, C] derivative of the head's soft-cap."""
 
 
-def _tiles(plan: _Plan, heads: Sequence[Head], normalisers: Sequence[Tensor]) -> Iterator[_Tile]:
+def _tiles(plan: _Plan, heads: Sequence[Head], normalisers: Sequence[Tensor], workspace: int) -> Iterator[_Tile]:
     """All tiles; the memory of one is that of the next."""
-    buffers = [lse.new_empty(len(lse) * plan.width) for lse in normalisers]
     head, size = heads[0], heads[0].size
-    for start in range(0, size, plan.width):
-        stop = min(start + plan.width, size)
+    width = plan.width(head, workspace)
+    buffers = [lse.new_empty(len(lse) * width) for lse in normalisers]
+    for start in range(0, size, width):
+        stop = min(start + width, size)
         weights = [tile_weights(one, start, stop) for one in heads]
         logits = []
         for one, its, lse, buffer in zip(heads, weights, normalisers, buffers, strict=True):
@@ -161,6 +169,37 @@ def _tiles(plan: _Plan, heads: Sequence[Head], normalisers: Sequence[Tensor]) ->
         yield _Tile(start, weights[0], p, q.to(p.dtype), cap)
 
 
+def _value(plan: _Plan, heads: Sequence[Head], normalisers: Sequence[Tensor], workspace: int) -> Tensor:
+    """The sum over the tiles."""
+    parts = (plan.cost.value(tile.p, tile.q) for tile in _tiles(plan, heads, normalisers, workspace))
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
+
+
+def _gradients(
+    plan: _Plan, heads: Sequence[Head], normalisers: Sequence[Tensor], upstream: Tensor, workspace: int
+) -> Gradients:
+    """Of the tensors of the first head."""
+    head = heads[0]
+    rows, out = slice(0, len(head.x)), Gradients.zeros(head, plan.need)
+    mean = torch.zeros_like(normalisers[0])  # sum_w p(w) s(w)
+    for tile in _tiles(plan, heads, normalisers, workspace):
+        mean += plan.cost.gradient(tile.p, tile.q, upstream).mul_(tile.p).sum(-1)
+    factor = row_factor(head, torch.ones_like(mean)[:, None], rows)
+    for tile in _tiles(plan, heads, normalisers, workspace):
+        dz = plan.cost.gradient(tile.p, tile.q, upstream).sub_(mean[:, None]).mul_(tile.p)
+        if tile.cap is not None:
+            dz.mul_(tile.cap)
+        with exact_products(head.x):
+            out.add_tile(head, tile.weights, dz, rows, tile.start, factor)
+    for dx in out.x:
+        if dx is not None:
+            dx *= factor
+    return out
+
+
 class _Sum(torch.autograd.Function):
     """Inputs: the plan, the log sum exp of both heads, and their tensors."""
 
@@ -168,32 +207,15 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: FunctionCtx, plan: _Plan, lse: Tensor, ref_lse: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(lse, ref_lse, *tensors)
-        parts = (plan.cost.value(tile.p, tile.q) for tile in _tiles(plan, plan.heads(tensors), (lse, ref_lse)))
-        total = next(parts)
-        for part in parts:
-            total += part
-        return total
+        heads = plan.heads(tensors)
+        return with_less(lambda space: _value(plan, heads, (lse, ref_lse), space), plan.workspace, lse.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         *normalisers, tensors = *ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        head, ref = plan.heads(tensors)
-        upstream = upstream.contiguous()
-        rows, out = slice(0, len(head.x)), Gradients.zeros(head, plan.need)
-        mean = torch.zeros_like(normalisers[0])  # sum_w p(w) s(w)
-        for tile in _tiles(plan, (head, ref), normalisers):
-            mean += plan.cost.gradient(tile.p, tile.q, upstream).mul_(tile.p).sum(-1)
-        factor = row_factor(head, torch.ones_like(mean)[:, None], rows)
-        for tile in _tiles(plan, (head, ref), normalisers):
-            dz = plan.cost.gradient(tile.p, tile.q, upstream).sub_(mean[:, None]).mul_(tile.p)
-            if tile.cap is not None:
-                dz.mul_(tile.cap)
-            with exact_products(head.x):
-                out.add_tile(head, tile.weights, dz, rows, tile.start, factor)
-        for dx in out.x:
-            if dx is not None:
-                dx *= factor
-        found = out.like(head)
+        heads, upstream = plan.heads(tensors), upstream.contiguous()
+        out = with_less(lambda space: _gradients(plan, heads, normalisers, upstream, space), plan.workspace, upstream.device)
+        found = out.like(heads[0])
         return (None, None, None, *found, *[None] * (len(tensors) - len(found)))

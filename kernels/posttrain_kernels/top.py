@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunked import sizes_of
+from .chunked import sizes_of, workspace_of
 from .fold import State
 from .forward import project
 from .head import Head, check_shapes
+from .memory import with_less
 from .project import exact_products, tile_weights
+from .task import Sizes
 
 
 @torch.no_grad()
@@ -28,11 +30,18 @@ def top_k(head: Head, k: int, *, workspace: int | None = None) -> tuple[Tensor, 
     Raises:
         ValueError: k is not within the vocabulary, or shapes that do not fit.
     """
-    n = len(head.x)
-    check_shapes("head", head, n)
+    check_shapes("head", head, len(head.x))
     if not 1 <= k <= head.size:
         raise ValueError(f"k: {k} is not within 1 and the {head.size} items of the vocabulary")
-    sizes = sizes_of(head, workspace, temporaries=1, whole=0)
+    return with_less(
+        lambda space: _top_k(head, k, sizes_of(head, space, temporaries=1, whole=0)),
+        workspace_of(head, workspace),
+        head.x.device,
+    )
+
+
+def _top_k(head: Head, k: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    n = len(head.x)
     blocks = sizes.blocks(n, sizes.block)
     no_ids = torch.zeros(blocks[-1][1].stop if blocks else 0, 0, dtype=torch.int64, device=head.x.device)
     state = State.empty(no_ids, head.dtype, set())
