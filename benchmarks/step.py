@@ -111,7 +111,7 @@ def trainer_of(method: str, reference: str, rows: list[Row], folder: str, option
         teacher = Teachers([frozen()], [1.0], policy.config.vocab_size)
         policy = fewer_layers(policy, policy.config.num_hidden_layers // 2)
     if options.lora:
-        policy = add_adapter(policy, {"r": options.lora, "lora_alpha": 2 * options.lora})
+        policy = add_adapter(policy, {"r": options.lora, "lora_alpha": 2 * options.lora}, seed=0)
     attach(policy)
     other = None
     if reference == "cached":

@@ -54,7 +54,7 @@ def outline(run: Run) -> nn.Module:
         if run.objective.scores:
             kind, task, config = AutoModelForSequenceClassification, "SEQ_CLS", scorer_config(run.model)
         model = kind.from_config(config, dtype=vars(torch)[dtype], trust_remote_code=run.model.trust_remote_code)
-        model = model if run.model.peft is None else add_adapter(model, run.model.peft, task)
+        model = model if run.model.peft is None else add_adapter(model, run.model.peft, 0, task)
         reference = run.model if run.reference.model is None else dataclasses.replace(run.model, name=run.reference.model)
         learned.add(model, run.objective, run.config, load_config(reference), seed=0)
         return model

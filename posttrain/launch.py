@@ -34,6 +34,7 @@ def launch(config: Path, words: Sequence[str], processes: int | None) -> NoRetur
     Raises:
         UserError: deepspeed is not installed, or there is no GPU to start a process for.
     """
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # torch's launcher reports what the processes have said already
     try:
         accelerate.launch_command(accelerate.launch_command_parser().parse_args(arguments(config, words, processes)))
@@ -44,6 +45,8 @@ def launch(config: Path, words: Sequence[str], processes: int | None) -> NoRetur
         sys.exit(_status(failed.returncode))
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
+    finally:
+        logging.disable(before)
     sys.exit(0)
 
 

@@ -290,21 +290,26 @@ def read_weights(
     return model, sorted(found["missing_keys"])
 
 
-def load_policy(settings: ModelConfig) -> nn.Module:
+def load_policy(settings: ModelConfig, seed: int) -> nn.Module:
     """The model to train: fully, or through the adapter that `settings.peft` describes; statistics attached.
+
+    Args:
+        settings: which model.
+        seed: of what a new adapter starts from.
 
     Raises:
         UserError: as `load_model`; or peft settings that PEFT refuses.
     """
     model: nn.Module = load_model(settings, low_precision=settings.peft is not None)
     if settings.peft is not None:
-        model = add_adapter(model, settings.peft)
+        model = add_adapter(model, settings.peft, seed)
     attach(model)
     return model
 
 
-def add_adapter(model: PreTrainedModel, values: dict[str, Any], task: str = "CAUSAL_LM") -> nn.Module:
-    """A model under a new PEFT adapter for a task of PEFT's.
+def add_adapter(model: PreTrainedModel, values: dict[str, Any], seed: int, task: str = "CAUSAL_LM") -> nn.Module:
+    """A model under a new PEFT adapter for a task of PEFT's, the same for the same seed, whatever was drawn before: loading
+    takes random numbers, and others where ZeRO-3 cuts the weights.
 
     Raises:
         UserError: settings that PEFT refuses.
@@ -313,7 +318,9 @@ def add_adapter(model: PreTrainedModel, values: dict[str, Any], task: str = "CAU
 
     try:
         config = get_peft_config({"peft_type": "LORA", "task_type": task, "target_modules": "all-linear", **values})
-        return get_peft_model(model, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"model.peft: {' '.join(str(error).split())}") from None
 

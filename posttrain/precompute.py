@@ -32,7 +32,7 @@ def precompute(run: Run) -> int:
     loaded = load_data(run, args, tokenizer)
     references.refuse_other_tokenizer(run, tokenizer)
     common = tokens_in_common(run, tokenizer, loaded)
-    model = load_policy(run.model)
+    model = load_policy(run.model, args.seed)
     if run.objective.reads_teacher:
         cache = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
         cache.verify()

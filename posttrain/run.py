@@ -98,7 +98,7 @@ def prepare(run: Run) -> Prepared:
     references.refuse_other_tokenizer(run, tokenizer)
     other = teachers.other_tokenizer(run, tokenizer)
     common = tokens_in_common(run, tokenizer, loaded) if other is None else None
-    model = model_of(run, tokenizer)
+    model = model_of(run, tokenizer, args.seed)
     if run.objective.reads_teacher and run.teacher.kind in teacher_fill.KINDS:
         reference = teacher_fill.kept(run, args, model, loaded, tokenizer, common)
     else:

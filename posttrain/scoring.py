@@ -80,15 +80,15 @@ def load_scoring(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, l
     return model
 
 
-def load_scorer(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The model to train: fully, or through an adapter and its output; statistics attached.
+def load_scorer(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
+    """The model to train: fully, or through an adapter, which starts from a seed, and its output; statistics attached.
 
     Raises:
         UserError: as `load_scoring`; or peft settings that PEFT refuses.
     """
     model: nn.Module = load_scoring(settings, tokenizer, low_precision=settings.peft is not None)
     if settings.peft is not None:
-        model = add_adapter(model, settings.peft, task="SEQ_CLS")
+        model = add_adapter(model, settings.peft, seed, "SEQ_CLS")
     attach_scores(model)
     return model
 

@@ -24,13 +24,13 @@ def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def model_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The model to train, fully or through an adapter; statistics attached.
+def model_of(run: Run, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
+    """The model to train, fully or through an adapter that starts from a seed; statistics attached.
 
     Raises:
         UserError: it cannot be read or adapted, or cannot serve the method.
     """
-    return load_scorer(run.model, tokenizer) if run.objective.scores else load_policy(run.model)
+    return load_scorer(run.model, tokenizer, seed) if run.objective.scores else load_policy(run.model, seed)
 
 
 def base_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -35,7 +35,6 @@ def as_it_was() -> Iterator[None]:
     for logger, (handlers, level, propagate) in zip(ours, before, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
-    logging.disable(logging.NOTSET)
     for name in OBJECTIVES.keys() - known:
         module = OBJECTIVES[name].function.__module__
         if not module.startswith("posttrain."):
