@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import subprocess
@@ -28,8 +29,9 @@ STEPS = 10
 ROWS = 17
 PROCESSES = 2
 
-VARIANTS = [f"{name}/{variant}" for name in ("dpo", "tdpo", "kd") for variant in ("adapter", "tied")]
-"""The policy with its adapter off as the reference, or tied embeddings, for what reads the reference in different ways."""
+VARIANTS = [f"{name}/{variant}" for name in ("dpo", "tdpo", "kd") for variant in ("adapter", "head", "tied")]
+"""The policy with its adapter off as the reference, the adapter also on the output head, or tied embeddings, for what reads the
+reference in different ways."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,26 @@ def every_name() -> list[str]:
     return [*names(), PROBE.name, *VARIANTS]
 
 
-def alone(name: str, engine: Engine, folder: Path) -> Trajectory:
+def alone(name: str, engine: Engine) -> Trajectory:
     """The training of one process; its micro-batches are larger than the engine's unless the objective depends on them."""
+    return _alone(name, engine.batch if objective_named(varied(name)[0]).coupled else ROWS_A_STEP, engine.dtype)
+
+
+@functools.cache
+def _alone(name: str, batch: int, dtype: torch.dtype) -> Trajectory:
     objective, settings = varied(name)
-    batch = engine.batch if objective_named(objective).coupled else ROWS_A_STEP
     split = {"batch": batch, "accumulation": ROWS_A_STEP // batch, "steps": STEPS, "rows": ROWS}
-    return train(objective, folder, **split, dtype=engine.dtype, **settings)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        return train(objective, Path(scratch), **split, dtype=dtype, **settings)
+
+
+def compile_communication(environment: dict[str, str]) -> None:
+    """What DeepSpeed compiles for processes on one machine at its first use: by one process, before two want it at once.
+
+    A compilation that was killed leaves a lock in torch's folder of extensions, for which every other one waits in vain.
+    """
+    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+    subprocess.run([sys.executable, "-c", build], capture_output=True, check=True, env=environment, timeout=600)
 
 
 def together(engine: str, chosen: list[str], folder: Path) -> dict[str, Trajectory]:
@@ -72,9 +88,7 @@ def together(engine: str, chosen: list[str], folder: Path) -> dict[str, Trajecto
     settings = ENGINES[engine]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     if engine.startswith("zero"):
-        # DeepSpeed compiles its CPU communication at first use; two processes doing so at once is not what is tested here.
-        build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-        subprocess.run([sys.executable, "-c", build], capture_output=True, check=True, env=environment)
+        compile_communication(environment)
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(launch_config(engine))]
     launch += ["--num_processes", str(PROCESSES), "--main_process_port", "0"]
     program = [str(Path(__file__).with_name("trajectory.py")), str(folder), *chosen, "--steps", str(STEPS), "--rows", str(ROWS)]
@@ -96,11 +110,7 @@ def differences(engine: str, chosen: list[str]) -> dict[str, float]:
     """Name -> the largest difference between one process and several."""
     with tempfile.TemporaryDirectory() as scratch:
         trained = together(engine, chosen, Path(scratch))
-    found = {}
-    for name, trajectory in trained.items():
-        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-            found[name] = difference(trajectory, alone(name, ENGINES[engine], Path(scratch)))
-    return found
+    return {name: difference(trajectory, alone(name, ENGINES[engine])) for name, trajectory in trained.items()}
 
 
 def main() -> None:

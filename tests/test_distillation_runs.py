@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from exactness import compile_communication
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
@@ -226,8 +227,7 @@ def test_a_teacher_in_pieces(small: list[str], tmp_path: Path) -> None:
     words = [*small, "train.per_device_train_batch_size=2", f"train.output_dir={apart}"]
     words += ["--launch", "zero3", "--processes", "2"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-    subprocess.run([sys.executable, "-c", build], capture_output=True, check=True, env=environment)
+    compile_communication(environment)
     command = [sys.executable, "-m", "posttrain", "kd", *words]
     got = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert got.returncode == 0, got.stderr[-3000:]

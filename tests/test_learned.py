@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exactness import compile_communication
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import tiny
@@ -175,7 +176,7 @@ def test_predicted_memory_counts_them(inputs: list[str]) -> None:
     plain = parameter_counts(outline(load_run("tdpo", overrides=inputs)))
     assert [one - other for one, other in zip(ours, plain, strict=True)] == [COUNT, COUNT]
     of = memory.Shape(
-        parameters=1, trainable=1, parameter_bytes=4, compute_bytes=2, layers=2, hidden=32, tokens=10, states=True
+        parameters=1, trainable=1, parameter_bytes=4, compute_bytes=2, layers=2, hidden=32, kept=0, tokens=10, states=True
     )
     assert memory.predict(of)["states"] == 10 * 2 * 32 * 6
     assert memory.predict(dataclasses.replace(of, states=False))["states"] == 0
@@ -212,9 +213,7 @@ def test_sharded(inputs: list[str], tmp_path: Path, stage: int) -> None:
     words = [word for override in inputs for word in (f"--{override.partition('=')[0]}", override.partition("=")[2])]
     words += ["--train.output_dir", str(apart), "--train.per_device_train_batch_size", "2"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    # DeepSpeed compiles its CPU communication at first use; two processes doing so at once is not what is tested here.
-    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-    subprocess.run([sys.executable, "-c", build], capture_output=True, check=True, env=environment)
+    compile_communication(environment)
     command = [sys.executable, "-m", "posttrain", "sparsepo", *words, "--launch", f"zero{stage}", "--processes", "2"]
     got = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert got.returncode == 0, got.stderr[-3000:]

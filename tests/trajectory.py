@@ -125,13 +125,14 @@ def _model(seed: int, dtype: torch.dtype, tied: bool, scores: bool = False) -> t
     return tiny("llama", dtype=dtype, seed=seed, scores=scores, tie_word_embeddings=tied)
 
 
-def _policy(objective: Objective, peft: bool, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
+def _policy(objective: Objective, peft: bool | list[str], dtype: torch.dtype, tied: bool) -> torch.nn.Module:
     """The policy; an adapter starts as its base, unless that is its teacher, of whom it would learn nothing."""
     model = copy.deepcopy(_model(0, dtype, tied, objective.scores))
     if peft:
         torch.manual_seed(0)
         task = "SEQ_CLS" if objective.scores else "CAUSAL_LM"
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type=task, init_lora_weights=not objective.reads_teacher)
+        targets = "all-linear" if peft is True else peft
+        lora = LoraConfig(r=4, target_modules=targets, task_type=task, init_lora_weights=not objective.reads_teacher)
         model = get_peft_model(model, lora)
         model = model.to(dtype)
     (attach_scores if objective.scores else attach)(model)
@@ -168,7 +169,7 @@ def train(
     layout: str = "tree",
     impl: str = "chunked",
     reference: str = "frozen",
-    peft: bool = False,
+    peft: bool | list[str] = False,
     tied: bool = False,
     resume: bool = False,
     steps: int = STEPS,
@@ -183,7 +184,7 @@ def train(
         batch, accumulation: rows a micro-batch, micro-batches a step.
         layout, impl: of the trainer.
         reference: frozen, adapter or cached.
-        peft: train a LoRA adapter on every linear layer, the reference being the base.
+        peft: train a LoRA adapter on every linear layer but the output head, or on these; the reference is the base.
         tied: output embeddings are the input embeddings.
         resume: continue from the checkpoint after step 2 that an earlier run left in `folder`.
         steps, rows: optimizer steps, and rows of an epoch.
@@ -209,6 +210,8 @@ def train(
         seed=1,
         **_joined(),
     )
+    if args.deepspeed_plugin is not None:  # ZeRO-3 leaves small parameters whole, and all are small here
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer = Trainer(
         objective=objective,
         config=objective.config(),
@@ -258,7 +261,8 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 def varied(name: str) -> tuple[str, dict[str, Any]]:
     """An objective and settings of `train` from `name` or `name/variant`."""
     name, _, variant = name.partition("/")
-    return name, {"": {}, "adapter": {"peft": True, "reference": "adapter"}, "tied": {"tied": True}}[variant]
+    adapter, head = {"peft": True, "reference": "adapter"}, {"peft": ["q_proj", "lm_head"], "reference": "adapter"}
+    return name, {"": {}, "adapter": adapter, "head": head, "tied": {"tied": True}}[variant]
 
 
 def main() -> None:
