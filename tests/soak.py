@@ -1,7 +1,8 @@
 """A small run killed at random moments, each time continued by the same command: `python tests/soak.py --kills 200`.
 
 Every attempt is a process of its own, forked from one that has the libraries imported, so that it dies as any process does
-under SIGKILL and starts in a moment. What is left at the end must be what an uninterrupted run leaves, bit for bit.
+under SIGKILL and starts in a moment. When it dies is drawn in seconds of processor time, which are the same work however busy
+the machine is. What is left at the end must be what an uninterrupted run leaves, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
+import posttrain.run
+from posttrain.checkpoints import MANIFEST, checkpoints, newest, step_of
 from posttrain.cli import main as posttrain
 from posttrain.records import read_metrics
 
 STEPS = 40
+SHARE = 0.6
+"""Of the processor time of a whole run: the latest moment of a kill."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,11 @@ class Outcome:
     finished: int
     """Attempts that came to the end; each is followed by a new run, as long as there are kills left."""
 
-    resumed_at: list[int]
-    """Number of complete checkpoints each killed attempt left."""
+    further: int
+    """Kills after the attempt had completed a checkpoint."""
+
+    halves: int
+    """Kills that left a checkpoint half-written, or half-removed."""
 
 
 def prepare(folder: Path) -> list[str]:
@@ -66,8 +74,8 @@ def prepare(folder: Path) -> list[str]:
     return ["bco", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def attempt(words: list[str], output: Path, seconds: float | None) -> int:
-    """Run in a new process, killed after so many seconds if it is still there; its exit status (-9: killed)."""
+def attempt(words: list[str], output: Path, seconds: float | None) -> tuple[int, float]:
+    """Run in a new process, killed after so many seconds of processor time; its exit status (-9: killed), and its seconds."""
     child = os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -78,14 +86,14 @@ def attempt(words: list[str], output: Path, seconds: float | None) -> int:
         except SystemExit as done:
             os._exit(done.code if isinstance(done.code, int) else 0)
         os._exit(70)
-    deadline = None if seconds is None else time.monotonic() + seconds
+    process, spent = psutil.Process(child), 0.0
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status)
-        if deadline is not None and time.monotonic() > deadline:
+            return os.waitstatus_to_exitcode(status), spent
+        spent = sum(process.cpu_times()[:2])
+        if seconds is not None and spent >= seconds:
             os.kill(child, signal.SIGKILL)
-            deadline = None
         time.sleep(0.002)
 
 
@@ -108,22 +116,23 @@ def soak(folder: Path, kills: int, seed: int = 0) -> Outcome:
         AssertionError: something was lost, or differs.
     """
     words = prepare(folder)
-    start = time.monotonic()
-    assert attempt(words, folder / "whole", None) == 0
-    length = time.monotonic() - start
+    status, length = attempt(words, folder / "whole", None)
+    assert status == 0
     draw = random.Random(seed)
-    done, finished, left = 0, 0, []
+    done, finished, further, halves, reached = 0, 0, 0, 0, 0
     while done < kills or not finished:
         output = folder / f"killed-{finished}"
-        status = attempt(words, output, draw.uniform(0, 0.6 * length) if done < kills else None)
+        status, _ = attempt(words, output, draw.uniform(0, SHARE * length) if done < kills else None)
         if status == -signal.SIGKILL:
             done += 1
-            left.append(len(list(output.glob("checkpoint-*/manifest.json"))))
+            halves += any(not (one / MANIFEST).is_file() for one in checkpoints(output))
+            before, reached = reached, step_of(newest(output) or output) or 0
+            further += reached > before
             continue
         assert status == 0, f"exit status {status} after {done} kills"
         compare(folder / "whole", output)
-        finished += 1
-    return Outcome(done, finished, left)
+        finished, reached = finished + 1, 0
+    return Outcome(done, finished, further, halves)
 
 
 if __name__ == "__main__":
@@ -133,6 +142,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         outcome = soak(Path(scratch), options.kills, options.seed)
-    spread = {number: outcome.resumed_at.count(number) for number in sorted(set(outcome.resumed_at))}
-    print(f"{outcome.kills} kills, {outcome.finished} finished runs equal to the uninterrupted one; checkpoints left: {spread}")
-    sys.exit(0)
+    print(f"{outcome.kills} kills, {outcome.finished} finished runs equal to the uninterrupted one")
+    print(f"{outcome.further} kills after a new checkpoint, {outcome.halves} with one half-written or half-removed")
