@@ -1,20 +1,23 @@
 """Predicted peak memory of one device, from the configuration of a model. An estimate to plan with, not a measurement.
 
+    program      Python and its libraries, where there is no GPU
     weights      parameters * bytes of their dtype
     gradients    trainable parameters * bytes of their dtype
-    optimizer    trainable parameters * 8 (the two float32 moments of Adam; 0 for SGD)
+    optimizer    trainable parameters * 8 (the two float32 moments of Adam; 0 for SGD), and DeepSpeed's master weights
+    buckets      gradients on their way to other processes, without FSDP2: as large as all of them
     reference    a frozen model: parameters * bytes; otherwise 0
     teachers     their parameters * bytes
-    activations  tokens * layers * hidden * 34 bytes in 16-bit, twice that in float32: what a layer keeps for its backward under
-                 an attention that stores no [T, T] matrix; with gradient checkpointing 2 bytes a layer and one layer whole
+    casts        the weights in 16 bits, where they are kept in 32 and computed with in 16
+    activations  tokens * layers * what a layer keeps of a token for its backward (`kept`), under an attention that stores no
+                 [T, T] matrix; with gradient checkpointing the hidden state of every layer, and one layer whole
     states       of completion tokens in the reference's layers, for an objective that reads them: tokens * layers * hidden, as
                  computed and in float32
     rollouts     keys and values of the tokens that this process samples at a time
     vocabulary   the workspace of the kernel and the hidden states of completion tokens
 
-Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too, ZeRO-3 teachers.
-Source of the 34 bytes: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
-arXiv:2205.05198, equation 2 without its attention term.
+Sharding divides: ZeRO-2 gradients and optimizer, ZeRO-3 and FSDP2 weights and reference too, ZeRO-3 teachers. `not at once` is
+what a backward frees while it makes the gradients, where none are there from an earlier micro-batch of the step.
+benchmarks/README.md compares with what runs take.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainingArguments
@@ -36,10 +40,12 @@ from .settings import GROUP
 from .stats import States, roles_of
 from .trees import shareable
 
-_ACTIVATION_BYTES = 34
 _LOOKED_AT = 256
-_WORKSPACE = 256 * 2**20
-"""Bytes of the kernel's tiles."""
+_PROGRAM = 640 * 2**20
+"""Bytes of a process that has imported everything and read a small model: measured."""
+
+_WORKSPACE = {"cpu": 64 * 2**20, "other": 2**30}
+"""Bytes of the kernel's tiles, its defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +70,20 @@ class Shape:
     hidden: int
     """Width."""
 
+    kept: int
+    """Numbers that a layer keeps of a token for its backward."""
+
+    head: int = 0
+    """Parameters of the output head, if it is trained."""
+
     tokens: int
     """Tokens in a micro-batch: prompts (once or, with separate sequences, per completion) and completions."""
 
     checkpointing: bool = False
     """Gradient checkpointing."""
+
+    accumulated: bool = False
+    """A step has several micro-batches: the gradients of the first are there when the others are computed."""
 
     frozen_reference: bool = False
     """A second model is held."""
@@ -97,6 +112,12 @@ class Shape:
     sharded: str = "none"
     """`none`, `optimizer` (ZeRO-2) or `all` (ZeRO-3, FSDP2)."""
 
+    deepspeed: bool = False
+    """DeepSpeed shards."""
+
+    cpu: bool = False
+    """There is no GPU: the libraries count, and the kernel takes less."""
+
 
 def shape(
     run: Run,
@@ -117,7 +138,8 @@ def shape(
         teacher_bytes: of the teachers' parameters (teachers.sizes).
     """
     total, trainable = parameter_counts(model)
-    config = causal_lm(model).config.get_text_config()
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
     weight = max((p for p in model.parameters()), key=lambda p: p.numel())
     shared = run.layout != "separate" and not shareable(model)
     rows = _imagined(run, rows) if run.objective.online else rows
@@ -131,8 +153,11 @@ def shape(
         compute_bytes=2 if args.bf16 or args.fp16 else weight.element_size(),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
+        kept=kept(config),
+        head=0 if run.objective.scores else parameter_counts(lm.get_output_embeddings())[1],
         tokens=round(args.per_device_train_batch_size * _tokens(rows, roles_of(run.objective.family), shared)),
         checkpointing=args.gradient_checkpointing,
+        accumulated=args.gradient_accumulation_steps > 1,
         frozen_reference=kind in ("frozen", "ema", "soup"),
         sampled=_sampled(run, rows),
         cache=2 * heads * width,
@@ -142,7 +167,23 @@ def shape(
         adam="adam" in args.optim.lower(),
         shards=args.world_size,
         sharded=_sharded(),
+        deepspeed=PartialState().distributed_type == "DEEPSPEED",
+        cpu=not torch.accelerator.is_available() or args.use_cpu,
     )
+
+
+def kept(config: Any) -> int:
+    """Numbers that a decoder layer keeps of a token for its backward, from its configuration.
+
+    Two norms keep input, normalised input and output; attention keeps q, k, v (repeated for each head) and its output; a gated
+    MLP of SiLU keeps the gate, its activation, the other half and their product.
+    """
+    values = config.to_dict()
+    attention = (values.get("head_dim") or 0) * values.get("num_attention_heads", 0) or config.hidden_size
+    inner = values.get("intermediate_size") or values.get("ffn_dim") or values.get("n_inner") or 4 * config.hidden_size
+    if values.get("num_experts_per_tok"):
+        inner = (values.get("moe_intermediate_size") or inner) * values["num_experts_per_tok"]
+    return 6 * config.hidden_size + 4 * attention + 4 * inner
 
 
 def _imagined(run: Run, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -179,18 +220,25 @@ def predict(of: Shape) -> dict[str, float]:
     """Bytes by purpose, on one device."""
     weights_over = of.shards if of.sharded == "all" else 1
     optimizer_over = of.shards if of.sharded in ("all", "optimizer") else 1
-    layer = of.tokens * of.hidden * _ACTIVATION_BYTES * of.compute_bytes / 2
+    layer = of.tokens * of.kept * of.compute_bytes
     inputs = of.tokens * of.hidden * of.layers * of.compute_bytes
+    gradients = of.trainable * of.parameter_bytes
+    activations = inputs + layer if of.checkpointing else layer * of.layers
+    head = of.tokens * of.hidden * of.compute_bytes + of.head * 4
     return {
+        "program": _PROGRAM * of.cpu,
         "weights": of.parameters * of.parameter_bytes / weights_over,
-        "gradients": of.trainable * of.parameter_bytes / optimizer_over,
-        "optimizer": of.trainable * 8 * of.adam / optimizer_over,
+        "gradients": gradients / optimizer_over,
+        "optimizer": of.trainable * (8 * of.adam + 4 * of.deepspeed) / optimizer_over,
+        "buckets": gradients * (of.shards > 1 and (of.deepspeed or of.sharded != "all")),
         "reference": of.parameters * of.parameter_bytes * of.frozen_reference / weights_over,
         "teachers": of.teacher_bytes / weights_over,
-        "activations": inputs + layer if of.checkpointing else layer * of.layers,
+        "casts": of.parameters * 2 * (of.compute_bytes < of.parameter_bytes) / weights_over,
+        "activations": activations,
+        "not at once": -min(gradients / optimizer_over, activations) * (not of.accumulated),
         "states": of.tokens * of.layers * of.hidden * (of.compute_bytes + 4) * of.states,
         "rollouts": of.sampled * of.layers * of.cache * of.compute_bytes,
-        "vocabulary": (_WORKSPACE + of.tokens * of.hidden * of.compute_bytes) * of.vocabulary,
+        "vocabulary": (_WORKSPACE["cpu" if of.cpu else "other"] + head) * of.vocabulary,
     }
 
 
