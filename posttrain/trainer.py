@@ -166,7 +166,7 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, batch: dict[str, Tensor], roles: Sequence[str], want: tuple[Want, ...]
     ) -> tuple[Request, dict[str, Tensor]]:
         """What was asked of the model about the tokens of a batch, and what it and the reference say."""
-        inner = self.accelerator.unwrap_model(model)
+        inner = self.model
         inputs = model_inputs(inner, batch, self.data_collator.layout)
         request = Request(
             gather=batch["gather"], targets=batch["targets"], want=want, impl=self.impl, temperature=self.temperature
