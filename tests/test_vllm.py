@@ -6,6 +6,7 @@ Attention on CPUs wants heads of 32 or more, so the model is a little larger tha
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,6 +26,7 @@ from test_engine_hf import trainer_logps
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 from torch import nn
+from transformers import TrainerCallback
 
 from posttrain.engines import weights
 from posttrain.engines.client import Client, EngineError
@@ -31,9 +34,14 @@ from posttrain.engines.hf import HFEngine
 from posttrain.engines.rollout import Rollout
 from posttrain.engines.server import ServerEngine
 from posttrain.models import attach
+from posttrain.recipe import load_run
+from posttrain.records import read_metrics
 from posttrain.reference import sequence_key
+from posttrain.run import prepare
+from posttrain.schema import UserError
 from posttrain.settings import SamplingConfig
 from posttrain.teacher_server import ServedTeacher
+from posttrain.transcript import read_transcript
 
 pytestmark = [
     pytest.mark.slow,
@@ -210,6 +218,65 @@ def test_a_server_that_is_killed_and_started_again_goes_on_with_the_policy(serve
         hanging.generate(PROMPTS)
     server.send(signal.SIGCONT)
     assert gap(training.model, engine.generate(PROMPTS)) < 1e-4
+
+
+def words(folder: Path, output: Path, *more: str) -> list[str]:
+    """Five steps of policy optimisation, a round each, rollouts from vLLM."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"ab {i}?"}) + "\n" for i in range(8)))
+    data = [f"model={folder}", f"data={rows}", "data.max_length=64", "reward.name=length", "reward.unit=characters"]
+    size = ["rollouts.group_size=4", "sampling.max_new_tokens=12", "train.max_steps=5", "train.per_device_train_batch_size=4"]
+    rates = ["train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "train.warmup_steps=0", "train.logging_steps=1"]
+    return [*data, *size, *rates, f"train.output_dir={output}", "train.use_cpu=true", "engine.kind=vllm", *more]
+
+
+def synced(output: Path) -> None:
+    """Every step learned from rollouts of its own weights, which moved."""
+    steps = [line for line in read_metrics(output) if "loss" in line]
+    assert [line["rollouts/version"] for line in steps] == [0, 1, 2, 3, 4]
+    assert all(line["rollouts/mismatch/max"] == pytest.approx(1, abs=1e-3) for line in steps)
+    assert all(line["ratio/max"] == pytest.approx(1, abs=1e-5) for line in steps)
+    kl = [line["kl"] for line in steps]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0.01, "stale weights would show in the mismatch"
+
+
+def test_training_on_rollouts_of_a_server_that_dies_and_comes_back(server: Server, folder: Path, tmp_path: Path) -> None:
+    """Weights are brought over before each of five rounds. After two the server is gone: one error, and a checkpoint of the
+    steps that are done, from which the same command goes on when it is back, with the policy's weights, not its own."""
+    settings = words(folder, tmp_path, f"engine.url={server.url}", "engine.retries=1", "engine.timeout=60")
+    prepared = prepare(load_run("rlhf", None, settings))
+    prepared.trainer.add_callback(Kills(server))
+    with pytest.raises(UserError, match=r"engine vllm: .* no answer after .*; step 2 is saved, and the same command continues"):
+        prepared.trainer.train()
+    prepared.lock.release()
+    server.start()
+    server.wait()
+    again = prepare(load_run("rlhf", None, settings))
+    assert again.checkpoint == str(tmp_path / "checkpoint-2")
+    again.trainer.train(resume_from_checkpoint=again.checkpoint)
+    again.lock.release()
+    synced(tmp_path)
+    assert [line["step"] for line in read_transcript(tmp_path)] == [step for step in range(5) for _ in range(4)]
+
+
+class Kills(TrainerCallback):
+    """Kills a server after the second step."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.server.kill()
+
+
+def test_training_on_rollouts_of_vllm_in_the_same_program(folder: Path, tmp_path: Path) -> None:
+    options = f"engine.options={json.dumps(OPTIONS)}"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-m", "posttrain", "rlhf", *words(folder, tmp_path, options)]
+    done = subprocess.run(command, env=os.environ | QUIET | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    synced(tmp_path)
 
 
 IN_PROCESS = """
