@@ -18,6 +18,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss", ".4f"),
+    ("reward", "reward", ".4f"),
+    ("reward/heldout", "held out", ".4f"),
+    ("rollouts/length", "length", ".1f"),
     ("rewards/margins", "margin", ".4f"),
     ("rewards/accuracies", "accuracy", ".3f"),
     ("kl", "kl", ".2e"),

@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
+from posttrain import docs, memory
+from posttrain.check import check
 from posttrain.loading import Plan
 from posttrain.recipe import load_run
 from posttrain.records import read_metrics
+from posttrain.registry import find
 from posttrain.run import Prepared, export, prepare
 from posttrain.schema import UserError
+from posttrain.settings import OF_DISTILLATION
 from posttrain.steps import StepTrainer
 from posttrain.transcript import distinct, read_transcript
 
@@ -243,6 +247,27 @@ def test_policy_optimisation(folder: Path, tmp_path: Path, words: list[str]) -> 
         assert whole.trainer.own.value.abs().max() > 0 and "values/loss" in first[0]
         export(whole)
         assert "objective.value" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_what_a_run_says_of_itself(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["reward=[{name: length, weight: 0.5}, sampled:spread]", "reward.heldout=length", "rollouts.epochs=2", "beta=0.1"]
+    words = [*words_of(folder, tmp_path), *more, "reference.kind=ema", "train.max_steps=-1", "train.num_train_epochs=3"]
+    check(load_run(None, None, words))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.5 length + sampled:spread; only logged: length" in shown
+    assert "3 completions of each prompt, up to 6 tokens, sampled by hf every step, learned from 2 times" in shown
+    assert "12 of 4 prompts" in shown and "moving average of the policy" in shown
+    # Keys and values of two layers at a time: 32 completions of 6 tokens after prompts of 16.
+    longest = max(len(row["prompt"]) for row in run(folder, tmp_path / "rows").data.train)
+    prepared = run(folder, tmp_path / "run", *more)
+    args = prepared.trainer.args
+    predicted = memory.predict(memory.shape(prepared.run, args, prepared.model, prepared.data.train, "frozen"))
+    assert predicted["rollouts"] == 32 * (longest + 6) * 2 * (2 * 2 * 8) * 4
+    assert {"reward", "rollouts"} <= docs.sections(prepared.run.objective).keys()
+    flags = [row.flag for row in docs.sections(prepared.run.objective)["rollouts"]]
+    assert flags == ["--rollouts.group_size", "--rollouts.every", "--rollouts.epochs"]
+    assert [row.flag for row in docs.sections(find("kd"))["rollouts"]] == [f"--rollouts.{name}" for name in OF_DISTILLATION]
+    assert "Data: Prompts alone" in docs.show("rlhf")
 
 
 def test_distinct_bigrams() -> None:
