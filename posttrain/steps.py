@@ -109,7 +109,9 @@ class StepTrainer(Trainer):
         return found
 
     def learned_from(self, batches: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """The micro-batches of a step, of the round in use or of a new one; none where that could not be had."""
+        """The micro-batches of a step, of the round in use or of a new one; none where a stream ended or that cannot be had."""
+        if not batches:
+            return []
         try:
             if self.round_in_use is None:
                 self._round = self._sampled([batch["rows"].rows for batch in batches])

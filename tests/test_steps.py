@@ -182,6 +182,14 @@ def test_prompts_are_held_out_to_evaluate_on(folder: Path, tmp_path: Path) -> No
     assert all(line["eval_loss"] == pytest.approx(-line["eval_reward"]) and line["eval_length"] >= 1 for line in found)
 
 
+def test_prompts_of_a_stream(folder: Path, tmp_path: Path) -> None:
+    """Five of them twice over: four and one a step."""
+    more = ["data.streaming=true", "data.shuffle_buffer=0", "data.limit=5", "train.max_steps=4", "rollouts.every=2"]
+    trained(folder, tmp_path, *more)
+    asked = [(line["step"], line["place"], line["prompt"].split("ab ")[1][0]) for line in read_transcript(tmp_path)]
+    assert asked == [(step, number, str(number)) for step in (0, 2) for number in range(5)]
+
+
 def test_a_round_of_which_nothing_is_kept(folder: Path, tmp_path: Path) -> None:
     prepared = trained(folder, tmp_path, "drop=1e9", "train.max_steps=1")
     assert logs(prepared)[0]["loss"] == 0 and logs(prepared)[0]["rollouts/kept"] == 0
