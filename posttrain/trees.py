@@ -273,6 +273,7 @@ def padding(batch: Batch) -> int:
     return int((batch["tree"] == 0).sum())
 
 
+@torch.inference_mode(False)  # a mask made for a reference may be the policy's, whose backward reads it
 def attention(
     config: PreTrainedConfig, tree: torch.Tensor, branch: torch.Tensor, position: torch.Tensor, layout: Layout
 ) -> dict[str, Any]:
