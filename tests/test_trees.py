@@ -16,6 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, LlamaConfig, PreTrainedModel, Qwen3NextConfig
 
 from posttrain import trees
+from posttrain.models import load_model
+from posttrain.settings import ModelConfig
 from posttrain.trees import Layout, Row, TreeCollator, attention, attention_scale, pack, padding, row_multiple, shareable
 
 ROLES = ("chosen", "rejected")
@@ -227,6 +229,14 @@ def test_flex_attention_equals_plain_forwards() -> None:
         model, twin = tiny("qwen2_sliding", "flex_attention"), tiny("qwen2_sliding", "sdpa")
         assert shareable(model) is None
         assert (log_probs(model, "tree", SEVERAL_ROWS) - plain_log_probs(twin)).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_sdpa_takes_the_place_of_flex_attention_without_a_gpu(there: bool, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    loaded = load_model(ModelConfig(name=str(tmp_path), attention="flex_attention", dtype="float32"))
+    assert loaded.config._attn_implementation == ("flex_attention" if there else "sdpa")
 
 
 # Who can share
