@@ -113,20 +113,13 @@ class RunCommand(click.Command):
 
 
 class SampleCommand(click.Command):
-    """`posttrain sample`: its help lists the settings by section."""
+    """`posttrain sample` and `posttrain eval`: their help lists the settings by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         from . import docs
 
-        with formatter.section("Settings: run"):
-            formatter.write_dl(
-                [
-                    ("--output  text", "File of JSON lines; a run that was interrupted goes on where it ends.  [required]"),
-                    ("--n  integer > 0", "Completions of each prompt.  [1]"),
-                ]
-            )
-        for title, rows in docs.sampling_sections().items():
+        for title, rows in docs.sampling_sections(self.name).items():
             with formatter.section(f"Settings: {title}"):
                 formatter.write_dl([(f"{row.flag}  {row.type}", f"{row.description}  [{row.default}]") for row in rows])
 
@@ -211,6 +204,35 @@ def sample(words: tuple[str, ...]) -> None:
 
     quiet_libraries()
     fill(load_sample_run(recipe, overrides))
+
+
+@main.command("eval", cls=SampleCommand, context_settings=_TAKES_A_RUN)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
+def evaluate(words: tuple[str, ...]) -> None:
+    """Sample a model and measure reward, KL to a reference, win rate, entropy, length and repetition.
+
+    posttrain eval --model FOLDER --reference BASE --data prompts.jsonl --reward vader --n 4 --output runs/eval
+    """
+    recipe, overrides = read_words(words)
+    from .evaluate import evaluate as measure
+    from .evaluate import load_eval_run
+    from .run import quiet_libraries
+
+    quiet_libraries()
+    measure(load_eval_run(recipe, overrides))
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+@click.option("--output", default="frontier.png", show_default=True, help="The file to write.")
+@click.option("--x", help="Metric on the horizontal axis; default: the KL that all have.")
+@click.option("--y", default="reward", show_default=True, help="Metric on the vertical axis.")
+def plot(folders: tuple[str, ...], output: str, x: str | None, y: str) -> None:
+    """Draw reward against KL of training runs and evaluations, by their folders; needs the extra `plots`."""
+    from .plots import plot as draw
+
+    drawn = draw(folders, output, x, y)
+    click.echo(f"{output}: " + ", ".join(f"{folder} ({count})" for folder, count in drawn.items()))
 
 
 @main.command()

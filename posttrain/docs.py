@@ -108,9 +108,30 @@ def sections(objective: registry.Objective) -> dict[str, list[Option]]:
     return found
 
 
-def sampling_sections() -> dict[str, list[Option]]:
-    """Every flag of `posttrain sample`, by section; `--n` and `--output` are told with the command."""
+_RUN_OPTIONS = {
+    "sample": [
+        Option("--output", "text", "required", "File of JSON lines; a run that was interrupted goes on where it ends."),
+        Option("--n", "integer > 0", "1", "Completions of each prompt."),
+    ],
+    "eval": [
+        Option("--output", "text", "required", "Folder of samples and numbers; an interrupted evaluation goes on."),
+        Option("--reference", "text", "null", "Model to compare with; --reference.revision and so on as for --model."),
+        Option("--n", "integer > 0", "1", "Completions of each prompt."),
+        Option(
+            "--similarity", "integer >= 0", "0", "Prompts whose first completions are compared by METEOR (extra `similarity`)."
+        ),
+        Option("--batch_size", "integer > 0", "16", "Completions whose KL is computed at a time."),
+    ],
+}
+"""What `posttrain sample` and `posttrain eval` take beside their sections."""
+
+
+def sampling_sections(command: str) -> dict[str, list[Option]]:
+    """Every flag of `posttrain sample` or `posttrain eval`, by section."""
+    reward = {"reward": options(RewardConfig, "reward")} if command == "eval" else {}
     return {
+        "run": _RUN_OPTIONS[command],
+        **reward,
         "sampling": options(SamplingConfig),
         "engine": options(EngineConfig, "engine"),
         "model": options(ModelConfig, "model"),

@@ -81,7 +81,18 @@ def load_sample_run(recipe: str | Path | None = None, overrides: Sequence[str] =
     kinds = {"model": ModelConfig, "data": DataConfig, "engine": EngineConfig, "sampling": SamplingConfig}
     parsed = {name: parse(kind, section(values, name, where, SHORT), where(name)) for name, kind in kinds.items()}
     run = parse(SampleRun, {**parsed, **{key: values[key] for key in ("n", "output") if key in values}}, "sample")
-    refuse(run.engine, where("engine"))
+    refuse_unsampled(run, where("engine"))
+    return run
+
+
+def refuse_unsampled(run: SampleRun, where: str, what: str = "sample") -> None:
+    """Refuse settings that would be ignored.
+
+    Args:
+        where: how errors call the engine.
+        what: how they call the command.
+    """
+    refuse(run.engine, where)
     for wrong, message in (
         (
             run.model.peft is not None,
@@ -95,8 +106,7 @@ def load_sample_run(recipe: str | Path | None = None, overrides: Sequence[str] =
         (run.data.streaming, "data.streaming cannot go on where a file ends"),
     ):
         if wrong:
-            raise UserError(f"sample: {message}; leave it out")
-    return run
+            raise UserError(f"{what}: {message}; leave it out")
 
 
 def _full_key(key: str) -> str:

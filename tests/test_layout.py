@@ -22,6 +22,8 @@ PACKAGE = ROOT / "posttrain"
 LAYERS = [
     {"__main__", "quickstart"},
     {"cli", "docs", "methods", "launch"},
+    {"plots"},
+    {"evaluate"},
     {"run", "check", "sample", "precompute"},
     {"card", "checkpoints", "records", "console", "memory", "references", "teachers", "teacher_fill", "trainers"},
     {"online", "steps"},

@@ -1,0 +1,80 @@
+"""`posttrain plot`: reward against KL, a curve for each run and a point for each evaluation, as a PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluate import FILE
+from .records import METRICS, read_metrics
+from .schema import UserError, suggest
+
+KLS = ("kl/analytic", "kl/sampled", "rollouts/kl", "kl")
+"""What stands on the horizontal axis where nothing is asked for: the first of these that all have."""
+
+HELDOUT = "reward/heldout"
+
+
+def points(folder: str | Path) -> list[dict[str, float]]:
+    """The numbers of a folder: of its evaluation, else of each log of its training run.
+
+    Raises:
+        UserError: it has neither.
+    """
+    path = Path(folder) / FILE
+    if path.is_file():
+        return [json.loads(path.read_text(encoding="utf-8"))["metrics"]]
+    logs = read_metrics(folder)
+    if not logs:
+        raise UserError(f"plot: {folder} has neither {FILE} (posttrain eval) nor {METRICS} (a training run)")
+    return logs
+
+
+def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None, y: str = "reward") -> dict[str, int]:
+    """Draw `y` against `x` of several folders; of a reward with a dashed line what a held-out scorer says.
+
+    Args:
+        folders: of training runs and evaluations.
+        output: the file to write; its ending is the format.
+        x, y: names of metrics.
+
+    Returns:
+        How many points each folder has.
+
+    Raises:
+        UserError: matplotlib is not installed; or a folder lacks a metric.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plot: matplotlib is not installed; pip install 'posttrain[plots]'") from None
+    found = {str(folder): points(folder) for folder in folders}
+    x = x or next((name for name in KLS if all(_with(logs, name) for logs in found.values())), KLS[0])
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    axes, drawn = figure.add_subplot(), {}
+    for number, (folder, logs) in enumerate(found.items()):
+        kept = _with(logs, x, y)
+        if not kept:
+            raise UserError(_lacking(folder, logs, x if not _with(logs, x) else y))
+        drawn[folder], color = len(kept), f"C{number}"
+        axes.plot([log[x] for log in kept], [log[y] for log in kept], ".-", color=color, label=Path(folder).name)
+        more = _with(kept, HELDOUT) if y == "reward" else []
+        axes.plot([log[x] for log in more], [log[HELDOUT] for log in more], ".--", color=color, alpha=0.6)
+    axes.set(xlabel=f"{x} (nats)" if x in KLS else x, ylabel=f"{y} (dashed: held out)" if y == "reward" else y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return drawn
+
+
+def _with(logs: Sequence[dict[str, Any]], *names: str) -> list[dict[str, float]]:
+    """The logs that have these metrics, as numbers."""
+    return [log for log in logs if all(isinstance(log.get(name), int | float) for name in names)]
+
+
+def _lacking(folder: str, logs: Sequence[dict[str, Any]], name: str) -> str:
+    possible = sorted({key for log in logs for key, value in log.items() if isinstance(value, int | float)})
+    return f"plot: {folder} has no {name}{suggest(name, possible)} Possible: {', '.join(possible)}"
