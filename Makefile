@@ -44,7 +44,7 @@ $(VENV)/.run: $(VENV)/.torch $(DECLARED)
 # wheel: DeepSpeed comes as source only; it is built against the installed torch, without compiling its operators.
 $(VENV)/.dev: $(VENV)/.torch $(DECLARED)
 	$(PINNED) setuptools wheel packaging
-	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation --editable '.[dev,deepspeed,gguf,sentiment,triton]'
+	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation --editable '.[dev,deepspeed,gguf,plots,sentiment,similarity,triton]'
 	touch $@
 
 # Apart from the other tests: what vLLM requires contradicts constraints.txt in a few places.
