@@ -7,7 +7,15 @@ from torch import Tensor
 
 from .fold import State
 from .head import Head, names_of
-from .kept import block_gradient, coefficients_of, log_probs, parts
+from .kept import (
+    block_gradient,
+    coefficients_of,
+    divergences,
+    divergences_with_slope,
+    log_probs,
+    parts,
+    slope_gradient,
+)
 from .project import exact_products, logits_tile, tile_weights
 from .streamed import Streamed
 from .task import Block, Gradients, Need, Result, Sizes, Task
@@ -51,15 +59,19 @@ def forward_pass(task: Task, *, unit: str | None, need: Need | None, hold: int =
             held = list(result.held.values()) if own else []
             _fold(task, one, its, its_ids, blocks, held, work, streamed if own else None)
     else:
+        sloped = _slopes(task, unit)
         kept = [[its.m.new_empty(rows, stop - start) for start, stop in task.tiles(one)] for one, its, _ in heads]
         for block in blocks:
             for (one, its, its_ids), buffers, work in zip(heads, kept, scratch, strict=True):
                 _fold(task, one, its, its_ids, [block], buffers, work)
-            if task.divergences:
+            if sloped:
+                divergences_with_slope(task, result, block[0], kept, unit)
+                slope_gradient(task, result, block[0], kept, unit, result.unit)
+            elif task.divergences:
                 task.passes.divergences(task, result, block[0], kept)
             if task.rowwise.keys() - {unit}:
                 _rowwise(task, result, block[0], kept, unit)
-            if unit:
+            if unit and not sloped:
                 own = coefficients_of(task, result, {unit: torch.ones_like(state.m[block[0]])}, block[0])
                 block_gradient(task, result, own, block[0], kept, result.unit)
     result.state = state.rows(slice(n))
@@ -85,6 +97,14 @@ def _streams(task: Task, unit: str | None, need: Need | None) -> bool:
     if unit != "logp" or need.head or task.divergences or task.rowwise:
         return False
     return task.passes.streams and task.head.softcap is None and "log_sum_p2" not in task.names
+
+
+def _slopes(task: Task, unit: str | None) -> bool:
+    """Whether the gradient to take in the forward is that of a divergence whose slope can stay where the logits were: torch
+    computes it, nothing else reads them, and they are of one dtype."""
+    if unit not in task.divergences or task.rowwise or task.head.softcap is not None:
+        return False
+    return task.passes.divergences is divergences and task.ref.dtype == task.head.dtype
 
 
 def _fold(
