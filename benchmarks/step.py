@@ -20,7 +20,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,8 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(extra: Callable[[argparse.ArgumentParser], Any] | None = None) -> argparse.Namespace:
+    """The options of the command; `extra` adds more to them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, hub id, or shape:<name>")
     parser.add_argument("--data")
@@ -219,7 +220,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--output", default="runs/benchmark-step.json")
     parser.add_argument("--add", action="store_true", help="add to the results in the output file")
-    return parser.parse_args(arguments)
+    if extra is not None:
+        extra(parser)
+    return parser.parse_args()
 
 
 def main() -> None:
