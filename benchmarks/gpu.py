@@ -1,6 +1,6 @@
 """Everything that is to be measured on one NVIDIA GPU, unattended: the tests of the fused kernel, then the benchmarks.
 
-    python -m benchmarks.gpu --output gpu [--parts tests kernel-8b kernel-152k kernel-models divergences attention]
+    python -m benchmarks.gpu --output gpu [--parts tests kernel-8b ...]
 
 Each part is a process of its own with nine minutes. What it prints goes to `<output>/<part>.md` and is shown, its numbers go to
 `<output>/<part>.json`. The status is 1 if a part failed; the others run all the same.
@@ -17,6 +17,7 @@ LIMIT = 9 * 60
 """Seconds of a part."""
 
 _KERNEL = ["benchmarks.kernel", "--device", "cuda", "--dtypes", "bfloat16", "--rounds", "10"]
+_STEP = ["benchmarks.step", "--dtype", "bfloat16", "--cases", "dpo", "--max-length", "2048", "--batch", "4", "--rounds", "1"]
 _MODELS = ("smollm2-135m", "qwen2.5-0.5b", "gemma-3-4b", "qwen3-8b")
 
 PARTS: dict[str, list[list[str]]] = {
@@ -31,6 +32,8 @@ PARTS: dict[str, list[list[str]]] = {
         [*_KERNEL, "--preset", "qwen2.5-0.5b", "--teacher-hidden", "2048", "--tokens", "4096", "--statistics", "jsd,akl,dackl"],
     ],
     "attention": [["benchmarks.attention", "--device", "cuda"]],
+    "step-1b": [[*_STEP, "--model", "shape:llama-1b"]],
+    "step-8b": [[*_STEP, "--model", "shape:llama-8b", "--lora", "16", "--checkpointing"]],
 }
 """Name -> what `python -m` runs, one after the other."""
 
@@ -40,7 +43,8 @@ def run(part: str, output: Path) -> bool:
     done, printed = True, []
     for number, arguments in enumerate(PARTS[part]):
         numbered = f"{part}-{number}" if number else part
-        wanted = ["--json", str(output / f"{numbered}.json")] if arguments[0].startswith("benchmarks.") else []
+        flag = {"pytest": "--junit-xml", "benchmarks.step": "--output"}.get(arguments[0], "--json")
+        wanted = [flag, str(output / f"{numbered}.{'xml' if arguments[0] == 'pytest' else 'json'}")]
         command = [sys.executable, "-m", *arguments, *wanted]
         print(f"\n$ {' '.join(command[1:])}", flush=True)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -17,7 +17,7 @@ from posttrain.divergences import divergence
 from posttrain.vocabulary import _entry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N, V = 5, 150
+N, V = 4, 140
 BY_NAME = [*ONE_HEAD, "ref_logp", "ref_lse", "forward_kl", "reverse_kl"]
 
 
@@ -32,7 +32,7 @@ def test_every_option(name: str) -> None:
     if isinstance(options.get("temperature"), Tensor) and options["temperature"].dim():
         options["temperature"] = options["temperature"][:N]
     if "vocab" in options:
-        options["vocab"] -= 555  # of 150: 95 and 135
+        options["vocab"] -= 555  # of 140: 95 and 135
     check(policy(n=N, v=V, **options), BY_NAME)
 
 
@@ -67,17 +67,17 @@ def test_statistics_that_torch_evaluates() -> None:
 
 @pytest.mark.parametrize("workspace", [TINY, 1_000_000])
 def test_how_the_loops_are_cut_does_not_matter(workspace: int) -> None:
-    check(policy(n=35, v=70, extra=True), ["logp"], ref=reference(35, 66), workspace=workspace, keep=10**6)
+    check(policy(n=33, v=66, extra=True), ["logp"], ref=reference(33, 62), workspace=workspace, keep=10**6)
     want = ["logp", "entropy", Separable("jsd", divergence("jsd:0.3").summand, formula=("jsd", 0.3))]
-    check(policy(n=35, v=70, extra=True), want, ref=reference(35, 66), workspace=workspace)
+    check(policy(n=33, v=66, extra=True), want, ref=reference(33, 62), workspace=workspace)
 
 
 def test_a_token_has_the_same_bits_in_any_batch_and_schedule() -> None:
-    n = 40
+    n = 33
     head, ref = cast(policy(n=n, v=V), torch.float32, x=False, weight=False, device=DEVICE)[0], None
     target = ids(n, V).to(DEVICE)
     whole = head_stats(head, ["logp"], target=target, impl="fused")["logp"]
-    for rows in (slice(0, 1), slice(7, 39)):
+    for rows in (slice(0, 1), slice(7, 32)):
         part = Head(head.x[rows], head.weight)
         assert torch.equal(head_stats(part, ["logp"], target=target[rows], impl="fused")["logp"], whole[rows])
     ref = Head(head.x, head.weight)
@@ -124,4 +124,4 @@ def test_what_is_not_finite_comes_out() -> None:
     head, _ = cast(policy(n=N, v=V), torch.float32, x=False, weight=False, device=DEVICE)
     head.x[2, 0] = torch.nan
     logp = head_stats(head, ["logp"], target=ids(N, V).to(DEVICE), impl="fused")["logp"]
-    assert logp.isnan().tolist() == [False, False, True, False, False]
+    assert logp.isnan().tolist() == [False, False, True, False]
