@@ -33,6 +33,9 @@ from .transcript import Transcript, lines, reward_metrics, rollout_metrics
 
 T = TypeVar("T")
 
+_REFERENCE = "reference_logps"
+"""What the reference said when the round was sampled, among its numbers of each token."""
+
 _EVALUATION = 1
 """Tells the random numbers of an evaluation from those of a round."""
 
@@ -118,18 +121,30 @@ class StepTrainer(Trainer):
         except UserError as error:
             return self._leave(error)
         now = self._round
-        return self._laid(now.rows((self.state.global_step - now.version) % now.steps), len(batches))
+        rows = now.rows((self.state.global_step - now.version) % now.steps)
+        return self._laid(rows, len(batches), now.tokens.get(_REFERENCE))
 
-    def _laid(self, rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Tensor]]:
-        """Rows as so many micro-batches, the last of them smaller or empty."""
+    def _laid(self, rows: Sequence[dict[str, Any]], count: int, known: Tensor | None = None) -> list[dict[str, Tensor]]:
+        """Rows as so many micro-batches, the last of them smaller or empty; `known` as for `_batch`."""
         size = self.args.train_batch_size
         if len(rows) > size * count:
             raise UserError(
                 f"train: the checkpoint is in the middle of a round of {len(rows)} prompts a step on a process, and "
                 f"per_device_train_batch_size x gradient_accumulation_steps is {size * count} now; take the same sizes"
             )
-        parts = [rows[start : start + size] for start in range(0, size * count, size)]
-        return [{name: t.to(self.args.device) for name, t in self.data_collator(part).items()} for part in parts]
+        parts = [self._batch(rows[start : start + size], known) for start in range(0, size * count, size)]
+        return [{name: tensor.to(self.args.device) for name, tensor in part.items()} for part in parts]
+
+    def _batch(self, rows: Sequence[dict[str, Any]], known: Tensor | None) -> dict[str, Tensor]:
+        """Rows as a micro-batch; with what the reference said of their tokens, so that it need not be asked again.
+
+        Args:
+            known: what it said of all tokens of the round, if that is known.
+        """
+        batch = self.data_collator(rows)
+        if known is None:
+            return batch
+        return batch | {_REFERENCE: torch.cat([known[:0], *(one for row in rows for one in row[f"token.{_REFERENCE}"])])}
 
     def _sampled(self, batches: Sequence[Sequence[Any]]) -> Round:
         """A new round: its prompts sampled, scored and read, and the lesson drawn.
@@ -155,6 +170,8 @@ class StepTrainer(Trainer):
         self._unscored.unlink(missing_ok=True)
         blank = self._unlearned(asked, kept, steps)
         tokens = {name: lesson.tokens[name].detach().cpu() for name in self.tokens}
+        if "ref_logp" in read and not self.needs_reference_head:
+            tokens[_REFERENCE] = read["ref_logp"].cpu()
         return Round(**{**vars(blank), "keep": lesson.keep.cpu(), "tokens": tokens})
 
     def _asked(self, batches: Sequence[Sequence[Any]]) -> tuple[list[Asked], int]:

@@ -12,7 +12,9 @@ from tiny import tiny_tokenizer
 from tiny_models import tiny
 
 from posttrain.recipe import load_run
+from posttrain.reference import FrozenModel
 from posttrain.run import Prepared, prepare
+from posttrain.steps import StepTrainer
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +120,23 @@ def test_superhf_learns_from_the_best(folder: Path, tmp_path: Path) -> None:
     first, second = logs(trained(folder, tmp_path, "beta=0.5", method="superhf"))
     assert abs(first["kl/forward"]) < 1e-6 and second["kl/forward"] > 1e-4
     assert first["reward/kept"] >= first["reward"] and first["rollouts/kept"] == pytest.approx(1 / 3)
+
+
+def test_the_reference_is_asked_once_a_round(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log-probs stay with the round; where the loss needs its output head it is asked again."""
+    asked = []
+    answer, heads = FrozenModel.answer, FrozenModel.heads
+    monkeypatch.setattr(FrozenModel, "answer", lambda *args: asked.append("logps") or answer(*args))
+    monkeypatch.setattr(FrozenModel, "heads", lambda *args: asked.append("head") or heads(*args))
+    more = ["rollouts.every=2", "rollouts.epochs=2", "train.max_steps=4", "layout=tree"]
+    trained(folder, tmp_path / "reward", "beta=0.2", *more)
+    before = asked.count("logps")
+    trained(folder, tmp_path / "k3", "kl=loss", "kl_estimate=k3", *more)
+    assert asked.count("logps") == 2 * before, "the loss reads what is kept"
+    assert "head" not in asked
+    kept = trained(folder, tmp_path / "k3 again", "kl=loss", "kl_estimate=k3", *more).trainer
+    monkeypatch.setattr(StepTrainer, "_batch", lambda self, rows, known: self.data_collator(rows))
+    again = trained(folder, tmp_path / "asked", "kl=loss", "kl_estimate=k3", *more).trainer
+    assert asked.count("logps") > 4 * before
+    for one, other in zip(kept.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
