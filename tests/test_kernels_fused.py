@@ -53,9 +53,19 @@ def test_compiles_for_a_gpu_without_one(tmp_path: Path, monkeypatch: pytest.Monk
 def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     head = cast(policy(), torch.float32)[0]
-    with pytest.raises(ValueError, match="fused: the hidden states are on cpu; an NVIDIA GPU is needed, or TRITON_INTERPRET=1"):
+    with pytest.raises(
+        ValueError, match="impl: fused: the hidden states are on cpu; an NVIDIA GPU is needed, or TRITON_INTERPRET=1"
+    ):
         head_stats(head, ["logp"], target=ids(), impl="fused")
     assert torch.equal(*(head_stats(head, ["logp"], target=ids(), impl=impl)["logp"] for impl in ("auto", "chunked")))
+    with pytest.raises(ValueError, match="impl: no implementation 'trition'; possible: auto, dense, chunked, fused"):
+        head_stats(head, ["logp"], target=ids(), impl="trition")
+    monkeypatch.setenv("POSTTRAIN_KERNEL", "fused")
+    with pytest.raises(ValueError, match="POSTTRAIN_KERNEL: fused: the hidden"):
+        head_stats(head, ["logp"], target=ids())
+    assert [choose.implementation(impl, head, None) for impl in ("dense", "chunked")] == ["dense", "chunked"]
+    monkeypatch.setenv("POSTTRAIN_KERNEL", "dense")
+    assert choose.implementation("auto", head, None) == "dense"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not_fused(head) is None
     assert why_not_fused(policy()) == "the head is torch.float64; hidden states of 32 bits or less are needed"

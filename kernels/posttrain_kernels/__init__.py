@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .choose import why_not_fused
+from .choose import implementation, why_not_fused
 from .chunked import chunked_stats
 from .costs import l1_cost, span_cost
 from .dense import dense_stats
@@ -62,8 +62,9 @@ def head_stats(
         ref: the second head (reference, teacher): any hidden size, no gradient.
         workspace: bytes of temporary memory to aim at; never grows with N.
         impl: `chunked`; `fused`, the same loops with Triton's passes over the tiles; `dense` (the definition: materialises
-            [N, V]); or `auto`: `fused` on NVIDIA GPUs where it can run (`why_not_fused`), else `chunked`. A `Rowwise`, and a
-            `Separable` without a formula, are evaluated by torch under `fused`, too.
+            [N, V]); or `auto`: what the environment variable POSTTRAIN_KERNEL says, without it `fused` on NVIDIA GPUs where it
+            can run (`why_not_fused`), else `chunked`. A `Rowwise`, and a `Separable` without a formula, are evaluated by torch
+            under `fused`, too.
         eager: name of the one wanted statistic whose upstream gradient will be the same number for every token, as under a
             mean over tokens. Its gradients are then taken in the forward, which saves a product with each head, at the price of
             holding dW from the forward on. If the numbers differ after all, the gradient is still exact and nothing is saved.
@@ -75,20 +76,16 @@ def head_stats(
         ref_lse and what a Rowwise gives beside its value.
 
     Raises:
-        ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary; `fused` where it
-            cannot run, with the reason.
+        ValueError: an unknown name, a missing argument, shapes that do not fit, ids outside the vocabulary; no such
+            implementation, or `fused` where it cannot run, with the reason.
     """
     check(head, want, target, index, ref, eager)
-    if impl == "dense":
+    chosen, passes = implementation(impl, head, ref), TORCH
+    if chosen == "dense":
         return dense_stats(head, want, target=target, index=index, ref=ref)
-    passes = TORCH
-    if impl == "fused" or (impl == "auto" and head.x.is_cuda):
-        reason = why_not_fused(head, ref)
-        if reason is None:
-            from .fused import passes_for  # here, as it imports triton
+    if chosen == "fused":
+        from .fused import passes_for  # here, as it imports triton
 
-            passes = passes_for(want)
-        elif impl == "fused":
-            raise ValueError(f"fused: {reason}")
+        passes = passes_for(want)
     arguments = {"target": target, "index": index, "ref": ref, "workspace": workspace, "eager": eager, "keep": keep}
     return chunked_stats(head, want, **arguments, passes=passes)

@@ -1,4 +1,4 @@
-"""Whether the fused kernel can run here; looks without importing triton where the answer is no."""
+"""Which implementation computes a call; looks without importing triton."""
 
 from __future__ import annotations
 
@@ -15,6 +15,31 @@ _TRITON = (3, 6)
 
 _CAPABILITY = (8, 0)
 """The oldest NVIDIA GPU that Triton and bfloat16 products know."""
+
+
+IMPLEMENTATIONS = ("dense", "chunked", "fused")
+
+VARIABLE = "POSTTRAIN_KERNEL"
+"""Environment variable that says what `auto` is, for all calls of a process."""
+
+
+def implementation(impl: str, head: Head, ref: Head | None) -> str:
+    """What computes a call.
+
+    Raises:
+        ValueError: no such implementation; or `fused` where it cannot run.
+    """
+    where = "impl"
+    if impl == "auto" and VARIABLE in os.environ:
+        where, impl = VARIABLE, os.environ[VARIABLE]
+    if impl == "auto":
+        return "fused" if head.x.is_cuda and why_not_fused(head, ref) is None else "chunked"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{where}: no implementation {impl!r}; possible: auto, {', '.join(IMPLEMENTATIONS)}")
+    reason = why_not_fused(head, ref) if impl == "fused" else None
+    if reason is not None:
+        raise ValueError(f"{where}: fused: {reason}")
+    return impl
 
 
 def why_not_fused(head: Head, ref: Head | None = None) -> str | None:
