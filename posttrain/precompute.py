@@ -22,6 +22,10 @@ def precompute(run: Run) -> int:
     """
     if not run.objective.reads_reference(run.config):
         raise UserError(f"logps: {run.objective.name} reads no reference")
+    if run.objective.online:
+        raise UserError(f"logps: {run.objective.name} samples its completions; nothing of them is known before it trains")
+    if run.reference.kind in ("ema", "soup"):
+        raise UserError(f"logps: reference.kind = {run.reference.kind} is not kept on disk; possible: frozen, adapter, cached")
     quiet_libraries()
     run = _cached(run)
     require_extras(run)

@@ -18,6 +18,7 @@ from tiny_models import tiny
 from posttrain import docs, memory
 from posttrain.check import check
 from posttrain.loading import Plan
+from posttrain.precompute import precompute
 from posttrain.recipe import load_run
 from posttrain.records import read_metrics
 from posttrain.registry import find
@@ -310,5 +311,11 @@ def test_settings_that_another_method_would_ignore(folder: Path) -> None:
         load_run("dpo", None, [*base, "reward=length"])
     with pytest.raises(UserError, match=r"rollouts.group_size is for online methods"):
         load_run("kd", None, [*base, "teacher=x", "rollouts.student=1", "rollouts.group_size=2"])
+    for name, more, says in (
+        ("rlhf", ["reward=length"], "rlhf samples its completions"),
+        ("dpo", ["reference.kind=ema"], "reference.kind = ema is not kept on disk"),
+    ):
+        with pytest.raises(UserError, match=f"logps: {says}"):
+            precompute(load_run(name, None, [*base, *more]))
     with pytest.raises(UserError, match="reward: sampled needs one"):
         load_run("sampled", None, [*base, "imports=[sampled]"])
