@@ -142,7 +142,8 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     reward = build_reward(run.reward)
     lines = {name: _sampled(_samples(run, name)) for name in ("policy", "reference")[: 1 if run.reference is None else 2]}
     loaded = data.load(run.data, load_tokenizer(run.model), (), source=True)
-    asked = [json.loads(text) for text in loaded.train["source"]]
+    stored = zip(loaded.train["source"], lines["policy"], strict=True)  # rows of token ids have no text of their own
+    asked = [json.loads(text) if text else {"prompt": line["prompt"], "row": {}} for text, line in stored]
     scored = {name: _scored(reward, asked, side) for name, side in lines.items()}
     quantities = _gained(scored["policy"], lines["policy"])
     if run.reference is not None:

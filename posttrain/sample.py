@@ -1,8 +1,9 @@
 """`posttrain sample`: completions of the prompts of a data set, as JSON lines that engines/file.py reads, and other programs.
 
 A line is a prompt: its `row` in the data, `prompt` and `completions` as text, `prompt_ids` and `completion_ids`, `logps` per
-token, `finished`, and the `version` of the weights. A run that was interrupted goes on where the file ends. The file is then
-that of a run which was not: randomness belongs to the row, and the rows that are sampled together are always the same.
+token, `finished`, the `version` of the weights, and `asked`, the prompt as the data have it (text or messages). A run that was
+interrupted goes on where the file ends. The file is then that of a run which was not: randomness belongs to the row, and the
+rows that are sampled together are always the same.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from . import console, data
+from .conversations import Text
 from .engines.build import build, refuse
 from .engines.rollout import Engine, Rollout, derived, text_of, truncation_warning
 from .models import load_model, load_tokenizer
@@ -128,7 +130,7 @@ def sample(run: SampleRun) -> int:
     """
     held = resume(run)
     tokenizer = load_tokenizer(run.model)
-    loaded = data.load(run.data, tokenizer, roles=())
+    loaded = data.load(run.data, tokenizer, roles=(), source=True)
     prompts, done = loaded.train["prompt"][:], len(held)
     if held != prompts[:done]:
         raise UserError(
@@ -147,7 +149,8 @@ def sample(run: SampleRun) -> int:
     if done < len(prompts):
         engine = build(run.engine, run.sampling, run.model, tokenizer, model=lambda: _model(run))
         try:
-            console.track(_fill(run, engine, tokenizer, prompts, done), len(prompts), "sampling")
+            asked = [json.loads(text)["prompt"] if text else None for text in loaded.train["source"]]
+            console.track(_fill(run, engine, tokenizer, prompts, asked, done), len(prompts), "sampling")
         finally:
             engine.close()
     console.show({"prompts": str(len(prompts)), "output": run.output}, title="sampled")
@@ -202,7 +205,12 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def _fill(
-    run: SampleRun, engine: Engine, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], done: int
+    run: SampleRun,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    asked: Sequence[Text | None],
+    done: int,
 ) -> Iterator[int]:
     """Sample and write the rows from `done` on, some at a time; yields the rows that are written."""
     together = max(1, (run.engine.batch_size or 32) // run.n) if run.engine.kind == "hf" else 256
@@ -214,7 +222,8 @@ def _fill(
             for row in part:
                 if row >= done:
                     group = rollouts[(row - start) * run.n : (row - start + 1) * run.n]
-                    file.write(json.dumps(_line(row, group, tokenizer), ensure_ascii=False) + "\n")
+                    line = {**_line(row, group, tokenizer), "asked": asked[row]}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             yield part[-1] + 1

@@ -109,6 +109,14 @@ def test_scorers_see_prompts_and_rows(words: list[str], monkeypatch: pytest.Monk
     assert told["metrics"]["reward"] == 1 and told["errors"]["reward"] == 0
 
 
+def test_prompts_of_token_ids(words: list[str], write: Callable[..., str], tmp_path: Path) -> None:
+    """They are scored as the text that they stand for."""
+    data = write({"prompt": [1, 5, 6]}, {"prompt": [1, 7]}, name="ids.jsonl")
+    kept = [word for word in words if not word.startswith(("data", "reference"))]
+    told = evaluate(load_eval_run(overrides=[*kept, f"data={data}", "n=1", f"output={tmp_path / 'ids'}"]))
+    assert told["prompts"] == 2 and told["metrics"]["length"] == 2
+
+
 def test_refuses(words: list[str]) -> None:
     for change, message in (
         (["temperature=0.5"], "the KL is that of the model's own distribution"),

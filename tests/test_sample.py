@@ -55,6 +55,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_line_is_a_prompt_with_its_completions(words: list[str], tokenizer: Any) -> None:
     written = lines(run(words))
     assert [line["row"] for line in written] == list(range(7))
+    assert [line["asked"] for line in written] == [[{"role": "user", "content": text}] for text in TEXTS]
     assert written[1]["prompt"] == tokenizer.apply_chat_template(
         [{"role": "user", "content": TEXTS[1]}], add_generation_prompt=True, tokenize=False
     )

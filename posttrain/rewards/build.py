@@ -10,6 +10,7 @@ from typing import Any
 
 from ..schema import UserError, parse, suggest
 from ..settings import RewardConfig
+from .calibration import Calibrated
 from .judges import PairPreference, RewardModel
 from .rules import Answer, Format, Length, Regex, Vader
 from .scorer import Preference, Reward, Scorer, bradley_terry
@@ -21,8 +22,10 @@ SCORERS: dict[str, type] = {
     "answer": Answer,
     "vader": Vader,
     "model": RewardModel,
+    "calibrated": Calibrated,
 }
-"""Name of a scorer -> its settings, which are called as it is. Any other is `module:function`."""
+"""Name of a scorer -> its settings, which are called as it is (but for `calibrated`, which is another's). Any other is
+`module:function`."""
 
 
 def scorer(values: Mapping[str, Any] | str, where: str = "reward") -> Scorer:
@@ -42,7 +45,10 @@ def scorer(values: Mapping[str, Any] | str, where: str = "reward") -> Scorer:
     if name not in SCORERS:
         possible = [*SCORERS, "module:function"]
         raise UserError(f"{where}.name = {name!r}{suggest(name, possible)} Possible: {', '.join(possible)}")
-    return Scorer(name, parse(SCORERS[name], settings, where))
+    found = parse(SCORERS[name], settings, where)
+    if isinstance(found, Calibrated):
+        return Scorer(name, functools.partial(found.score, scorer(found.of, f"{where}.of")))
+    return Scorer(name, found)
 
 
 def reward(config: RewardConfig, where: str = "reward") -> Reward:
