@@ -160,7 +160,10 @@ def refuse_other_processes(folder: Path, args: TrainingArguments) -> None:
     if wrote == args.world_size:
         return
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(f"{folder} holds the shards of {wrote} processes, this run has {args.world_size}; use {wrote} again")
+        raise UserError(
+            f"{folder} holds the shards of {wrote} processes, this run has {args.world_size}: DeepSpeed cuts the optimizer by "
+            f"their number; use {wrote} again, or train anew from the weights (--model {folder})"
+        )
     log.warning(
         "%s was written by %d processes and is continued by %d: the batches to come differ", folder, wrote, args.world_size
     )
