@@ -19,6 +19,7 @@ LIMIT = 9 * 60
 _KERNEL = ["benchmarks.kernel", "--device", "cuda", "--dtypes", "bfloat16", "--rounds", "10"]
 _STEP = ["benchmarks.step", "--dtype", "bfloat16", "--cases", "dpo", "--max-length", "2048", "--batch", "4", "--rounds", "1"]
 _MODELS = ("smollm2-135m", "qwen2.5-0.5b", "gemma-3-4b", "qwen3-8b")
+_SCALING = ["benchmarks.scaling", "--model", "shape:llama-1b", "--processes", "1", "--bf16", "--steps", "6"]
 
 PARTS: dict[str, list[list[str]]] = {
     "tests": [["pytest", "-q", "tests/fused_cases.py"]],
@@ -34,6 +35,7 @@ PARTS: dict[str, list[list[str]]] = {
     "attention": [["benchmarks.attention", "--device", "cuda"]],
     "step-1b": [[*_STEP, "--model", "shape:llama-1b"]],
     "step-8b": [[*_STEP, "--model", "shape:llama-8b", "--lora", "16", "--checkpointing"]],
+    "scaling": [[*_SCALING, "--attention", "sdpa", "--engines", "ddp", "zero2", "zero3", "fsdp2"]],
 }
 """Name -> what `python -m` runs, one after the other."""
 
