@@ -121,7 +121,7 @@ def rows_for(objective: Objective, count: int = STEPS * ROWS_A_STEP) -> Sequence
 
 
 @functools.cache
-def _model(seed: int, dtype: torch.dtype, tied: bool, scores: bool = False) -> torch.nn.Module:
+def _model(seed: int, dtype: torch.dtype, tied: bool, scores: bool) -> torch.nn.Module:
     return tiny("llama", dtype=dtype, seed=seed, scores=scores, tie_word_embeddings=tied)
 
 
@@ -147,7 +147,7 @@ def _reference(
         return None
     if kind == "adapter":
         return Teachers([AdapterOff()], [1.0], VOCABULARY) if objective.reads_teacher else AdapterOff()
-    model = copy.deepcopy(_model(0 if peft else 1, dtype, tied))
+    model = copy.deepcopy(_model(0 if peft else 1, dtype, tied, False))
     attach(model)
     if kind == "frozen":
         frozen = FrozenModel(model, "random")
