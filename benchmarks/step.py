@@ -218,7 +218,7 @@ def parse(extra: Callable[[argparse.ArgumentParser], Any] | None = None) -> argp
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter on both sides; 0 trains all")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
-    parser.add_argument("--output", default="runs/benchmark-step.json")
+    parser.add_argument("--output", "--json", default="runs/benchmark-step.json")
     parser.add_argument("--add", action="store_true", help="add to the results in the output file")
     if extra is not None:
         extra(parser)
