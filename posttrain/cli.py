@@ -1,4 +1,4 @@
-"""The command line: `posttrain <objective> [recipe] [--setting value]`, `train`, `check`, `logps`, `sample`, `show`.
+"""The command line: `posttrain <objective> [recipe] [--setting value]`, `train`, `iterate`, `check`, `logps`, `sample`, `show`.
 
 Flags are the keys of a recipe and go through the parser of recipes (recipe.py); help is read from the declarations. So
 nothing is declared here, and an objective that is added gets its command by existing.
@@ -6,12 +6,13 @@ nothing is declared here, and an objective that is added gets its command by exi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ class SampleCommand(click.Command):
                 formatter.write_dl([(f"{row.flag}  {row.type}", f"{row.description}  [{row.default}]") for row in rows])
 
 
+class IterateCommand(click.Command):
+    """`posttrain iterate`: its help lists the settings by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        from . import docs
+
+        for title, rows in docs.iteration_sections().items():
+            with formatter.section(f"Settings: {title}"):
+                formatter.write_dl([(f"{row.flag}  {row.type}", f"{row.description}  [{row.default}]") for row in rows])
+
+
 _TAKES_A_RUN = {"ignore_unknown_options": True, "max_content_width": 110}
 
 
@@ -169,10 +182,41 @@ def train(words: tuple[str, ...], launch: str | None, processes: int | None) -> 
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
 def check(words: tuple[str, ...]) -> None:
     """Resolve a run and show data, lengths, reference and predicted memory; loads no weights, trains nothing."""
+    recipe, overrides = read_words(words)
+    if _iterates(recipe):
+        from .iterate import check as plan
+        from .iterations import load_iterate_run
+
+        return plan(load_iterate_run(recipe, overrides))
     run = _load("check", words, None, None)
     from .check import check as report
 
     report(run)
+
+
+@main.command(cls=IterateCommand, context_settings=_TAKES_A_RUN)
+@_run_arguments
+def iterate(words: tuple[str, ...], launch: str | None, processes: int | None) -> None:
+    """Train in iterations, each on the policy's own responses: sample, judge, select, train; goes on where it was interrupted.
+
+    posttrain iterate recipe.yaml --iterations.count 3 --reward vader
+
+    Beside these, everything that the command of the recipe's objective takes. --launch starts the processes of each training.
+    """
+    recipe, overrides = read_words(words)
+    from .iterations import load_iterate_run
+
+    run = load_iterate_run(recipe, overrides)
+    if launch is not None:
+        from .shipped import launch_config
+
+        launch_config(launch)
+    elif processes is not None:
+        raise UserError("--processes belongs to --launch")
+    from .iterate import iterate as begin
+
+    with _stoppable():
+        begin(run, _launching(launch, processes))
 
 
 @main.command(cls=RunCommand, context_settings=_TAKES_A_RUN)
@@ -255,16 +299,40 @@ def show(name: str | None, table: Path | None) -> None:
 
 def _train(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> None:
     run = _load(command, words, launch, processes)
+    from .run import execute
+
+    with _stoppable():
+        execute(run)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ends with 143 where a run was told to stop; of several processes all go together."""
     from .leave import leave
-    from .run import Stopped, execute
+    from .run import Stopped
 
     try:
-        execute(run)
+        yield
     except Stopped as stopped:
         click.echo(f"posttrain: {stopped}", err=True)
         leave(128 + signal.SIGTERM)
         sys.exit(128 + signal.SIGTERM)
     leave()
+
+
+def _launching(launch: str | None, processes: int | None) -> list[str]:
+    """The words that say in which processes a run is trained."""
+    if launch is None:
+        return []
+    return ["--launch", launch, *([] if processes is None else ["--processes", str(processes)])]
+
+
+def _iterates(recipe: str | None) -> bool:
+    """Whether a recipe is one of `posttrain iterate`."""
+    from .recipe import ITERATED, SECTIONS, SHORT
+    from .written import read
+
+    return "iterations" in read(recipe, (*SECTIONS, *ITERATED), SHORT)
 
 
 def _load(command: str, words: Sequence[str], launch: str | None, processes: int | None) -> Any:

@@ -17,6 +17,7 @@ from .settings import (
     OF_DISTILLATION,
     DataConfig,
     EngineConfig,
+    IterationsConfig,
     ModelConfig,
     ReferenceConfig,
     RewardConfig,
@@ -136,6 +137,17 @@ def sampling_sections(command: str) -> dict[str, list[Option]]:
         "engine": options(EngineConfig, "engine"),
         "model": options(ModelConfig, "model"),
         "data": options(DataConfig, "data"),
+    }
+
+
+def iteration_sections() -> dict[str, list[Option]]:
+    """Every flag of `posttrain iterate` beside those of the objective's own command, by section."""
+    name = Option("--preference, --reward", "text", "none", "By name: length, vader, model, pairs, ..., or module:function.")
+    return {
+        "iterations": options(IterationsConfig, "iterations"),
+        "preference (who compares two responses) and reward (a score of each); one is needed": [name],
+        "sampling": options(SamplingConfig, "sampling"),
+        "engine": options(EngineConfig, "engine"),
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import conversations, layouts
-from .conversations import Message, Unusable, common
+from .conversations import Message, Text, Unusable, common
 from .layouts import Example, Layout
 from .schema import UserError
 from .tally import KEPT, LENGTHS, MARKS
@@ -89,13 +89,14 @@ class Encoder:
             try:
                 if self.layout.kind == "ids":
                     prompt, sides = self.layout.tokens(row, index + 1)
-                    out.append(numbers | self._fit(prompt, [prompt + side for side in sides]))
+                    stored = {"source": _source(self.tokenizer.decode(prompt), row)} if self.source else {}
+                    out.append(numbers | stored | self._fit(prompt, [prompt + side for side in sides]))
                     examples.append(None)
                     continue
                 example = self.layout.example(row, index + 1)
                 texts += self._render(example, index + 1)
                 examples.append(example)
-                out.append(numbers | ({"source": _source(example, row)} if self.source else {}))
+                out.append(numbers | ({"source": _source(example.prompt, row)} if self.source else {}))
             except Unusable as reason:
                 examples.append(None)
                 out.append({"outcome": str(reason), **numbers})
@@ -211,8 +212,8 @@ def encoder(
     )
 
 
-def _source(example: Example, row: Mapping[str, Any]) -> str:
-    return json.dumps({"prompt": example.prompt, "row": row}, ensure_ascii=False, default=str)
+def _source(prompt: Text, row: Mapping[str, Any]) -> str:
+    return json.dumps({"prompt": prompt, "row": row}, ensure_ascii=False, default=str)
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

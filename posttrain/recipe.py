@@ -49,6 +49,9 @@ SHORT = {
 SECTIONS = (*SHORT, "rollouts", "sampling", "layout", "nonfinite", "train", "imports")
 """The keys of a recipe."""
 
+ITERATED = ("iterations", "preference")
+"""The keys that make it one of `posttrain iterate`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -117,18 +120,26 @@ class Run:
         }
 
 
-def load_run(objective: str | None = None, recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Run:
+def load_run(
+    objective: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    aside: Sequence[str] = (),
+) -> Run:
     """Read a run.
 
     Args:
         objective: its name, where the command gives it; else the recipe or an override does.
         recipe: YAML file; None is an empty one.
         overrides: `key=value` with dotted keys, values in YAML; keys of the objective may stand without `objective.`.
+        aside: sections of the file that are another reader's.
 
     Raises:
         UserError: whatever is wrong with it, in one line.
     """
-    written = read(recipe, SECTIONS, SHORT)
+    written = {key: value for key, value in read(recipe, (*SECTIONS, *ITERATED), SHORT).items() if key not in aside}
+    if other := [key for key in ITERATED if key in written]:
+        raise UserError(f"{recipe}: {other[0]} is for training in iterations: posttrain iterate {recipe}")
     changes = [split(override) for override in overrides]
     _import(written, changes)
     method = find(_objective_name(objective, written, changes, recipe))
@@ -159,6 +170,8 @@ def load_run(objective: str | None = None, recipe: str | Path | None = None, ove
         train=arguments.parse_train(section(values, "train", where, SHORT), where("train")),
         imports=tuple(values.get("imports") or ()),
     )
+    if aside and method.online:
+        raise UserError(f"iterate: {method.name} samples within its training already: posttrain train")
     _refuse_contradictions(run)
     return dataclasses.replace(run, train=_with_defaults(run))
 

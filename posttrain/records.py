@@ -34,15 +34,16 @@ def difference(run: Run, folder: Path, sections: Sequence[str] = IDENTITY) -> st
         return f"{path} is damaged ({error})"
     ours = json.loads(json.dumps(run.resolved()))
     for section in sections:
-        if found := _first_difference(theirs.get(section), ours[section], section):
+        if found := first_difference(theirs.get(section), ours[section], section):
             return found
     return ""
 
 
-def _first_difference(theirs: Any, ours: Any, key: str) -> str:
+def first_difference(theirs: Any, ours: Any, key: str) -> str:
+    """The first setting in which two runs differ, and how; empty where there is none. `key` is what they are settings of."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         names = sorted({*theirs, *ours}, key=lambda name: name != "name")
-        return next(filter(None, (_first_difference(theirs.get(name), ours.get(name), f"{key}.{name}") for name in names)), "")
+        return next(filter(None, (first_difference(theirs.get(name), ours.get(name), f"{key}.{name}") for name in names)), "")
     return "" if theirs == ours else f"{key} is {theirs!r} there and {ours!r} here"
 
 

@@ -122,8 +122,12 @@ def _full_key(key: str) -> str:
     raise UserError(f"unknown setting {key!r}{suggest(key, possible)} Possible: {', '.join(possible)}")
 
 
-def sample(run: SampleRun) -> int:
+def sample(run: SampleRun, version: int | None = None) -> int:
     """Sample what is missing in the file of a run; returns how many prompts it then holds.
+
+    Args:
+        run: the settings.
+        version: stands in the file, and a vLLM server is given the weights of the run's model first; None: it has them.
 
     Raises:
         UserError: a setting, the data, the model or the engine; or a file of another run. What was sampled stays in the file.
@@ -147,8 +151,11 @@ def sample(run: SampleRun) -> int:
         rows["warning"] = warning
     console.show(rows, title="posttrain sample")
     if done < len(prompts):
-        engine = build(run.engine, run.sampling, run.model, tokenizer, model=lambda: _model(run))
+        folder = Path(run.output).absolute().parent / ".weights" if version is not None and run.engine.url else None
+        engine = build(run.engine, run.sampling, run.model, tokenizer, model=lambda: _model(run), folder=folder)
         try:
+            if version is not None and (folder is not None or run.engine.kind == "hf"):
+                engine.sync(version)
             asked = [json.loads(text)["prompt"] if text else None for text in loaded.train["source"]]
             console.track(_fill(run, engine, tokenizer, prompts, asked, done), len(prompts), "sampling")
         finally:

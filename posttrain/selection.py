@@ -47,8 +47,8 @@ Contest = Generator[list[Match], list[float], Verdict]
 def tournament(n: int) -> Contest:
     """Best and worst of n >= 2 responses by knock-out: brackets for 8 (10 comparisons), else two scans (2n - 3).
 
-    After these the match of the two. In the bracket the winners of the first round play for the best, the losers for the worst. A scan goes through the responses
-    and keeps the winner as the best, then through all others and keeps the loser as the worst.
+    After these comes the match of the two. In the bracket the winners of the first round play for the best, the losers for the
+    worst. A scan goes through the responses and keeps the winner as the best, then through all others and keeps the loser.
     """
     if n == 8:
         first = [(0, 1), (2, 3), (4, 5), (6, 7)]

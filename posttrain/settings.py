@@ -291,6 +291,38 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IterationsConfig:
+    """How a policy is trained in iterations, each on what the last iterate wrote."""
+
+    count: PositiveInt = 3
+    """Number of iterations."""
+
+    responses: Annotated[int, Ge(2)] = 8
+    """Responses to each prompt, from which the pair or the best one is selected."""
+
+    prompts: PositiveInt | None = None
+    """Prompts of an iteration; none is in two of them. None: equal parts of all."""
+
+    shuffle: bool = True
+    """Deal the prompts to the iterations at random (data.seed); false: in their order, such as a mixture of a set for each."""
+
+    select: Literal["auto", "tournament", "everyone", "scores"] = "auto"
+    """How the responses to a prompt are ranked. tournament: by knock-out, as INPO does; everyone: by the mean probability to
+    win against another; scores: by their scores. Pairs whose best is not preferred to their worst are dropped. auto: scores
+    with reward alone; with preference tournament for pairs, everyone for methods that learn from the best response alone."""
+
+    at_least: float | None = None
+    """Score that the best response has to have to be learned from; None: any."""
+
+    reference: Literal["start", "previous"] = "start"
+    """The reference of every iteration: the model that the first one starts from, or the last iterate."""
+
+    evaluate: NonNegativeInt = 64
+    """Prompts on which iterates are compared with the last one and with the start: of data.eval or data.eval_size, else held
+    out, at most a tenth of all; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutsConfig:
     """Which completions the models write themselves: of a distillation, where not the data's are learned from; of an online
     method, which learns from nothing else, how many and how often."""

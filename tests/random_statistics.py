@@ -21,8 +21,11 @@ from posttrain.stats import roles_of as roles
 
 VOCABULARY = 7
 
-FRACTIONS = ("chosen_win", "rejected_win")
-"""Columns of numbers between 0 and 1; every other column holds zeros and ones."""
+FRACTIONS = ("chosen_win", "rejected_win", "preference")
+"""Columns of numbers between 0 and 1."""
+
+SUMS = ("previous_chosen", "previous_rejected")
+"""Columns of log-probs of completions; every column that is in neither holds zeros and ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,8 @@ def random_statistics(
         return drawn(**sides, lengths=lengths, want=want, own=own, dtype=dtype)
 
     def column(name: str) -> torch.Tensor:
+        if name in SUMS:
+            return -(torch.randint(0, 64, (rows,), generator=generator) / 4).to(dtype)
         steps = 256 if name in FRACTIONS else 1
         return (torch.randint(0, steps + 1, (rows,), generator=generator) / steps).to(dtype)
 

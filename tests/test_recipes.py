@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification
 
 from posttrain import docs, registry, shipped
+from posttrain.iterate import iterate
+from posttrain.iterations import load_iterate_run
 from posttrain.recipe import Run, load_run
 from posttrain.records import read_metrics
 from posttrain.run import execute
+from posttrain.settings import RewardConfig
 from posttrain.stats import columns_of, roles_of
 
-RECIPES = sorted(shipped.folder("recipes").glob("**/*.yaml"))
+EVERY = sorted(shipped.folder("recipes").glob("**/*.yaml"))
+ITERATED = [path for path in EVERY if "\niterations:" in path.read_text(encoding="utf-8")]
+RECIPES = [path for path in EVERY if path not in ITERATED]
 
 
 def saved(folder: Path, **settings: object) -> Path:
@@ -78,18 +84,19 @@ def test_the_objectives_have_recipes() -> None:
 
 
 def test_dpo_has_four_divergences_of_one_model() -> None:
-    runs = [load_run(None, path) for path, name in docs.recipes().items() if name == "dpo"]
+    runs = [load_run(None, path) for path in RECIPES if path.parent.name == "dpo"]
     by_model: dict[str, set[str]] = {}
     for run in runs:
         by_model.setdefault(run.model.name, set()).add(run.config.divergence.split(":")[0])
     assert {"reverse_kl", "forward_kl", "js", "alpha"} in by_model.values()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_a_recipe_is_short_and_says_what_it_is(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 20 and lines[0].startswith("# ") and lines[0].endswith(".")
-    assert path.parent.name == load_run(None, path).objective.name
+    run = load_iterate_run(path).run if path in ITERATED else load_run(None, path)
+    assert path.parent.name == run.objective.name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -128,3 +135,41 @@ def test_a_recipe_trains(path: Path, model: Path, teacher: Path, judge: Path, tm
     assert start is None or first == pytest.approx(start, abs=1e-4)
     assert any("eval_loss" in line for line in logs) is (prepared.data.eval is not None)
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("path", ITERATED, ids=lambda path: path.stem)
+def test_a_recipe_of_iterations_trains(path: Path, model: Path, tmp_path: Path) -> None:
+    """Two iterations; its judge is left to its own tests: it would find all responses of a random model alike."""
+    written, overridden = load_iterate_run(path), {}
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [{"prompt": f"ab {i}?", "answer": i, "context_messages": [{"role": "user", "content": "b"}]} for i in range(10)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    changes = {
+        "model.name": model,
+        "data.name": prompts,
+        "data.mixture": "[]",
+        "data.subset": "null",
+        "data.split": "null",
+        "data.max_length": 64,
+        "data.max_prompt": 50,
+        "iterations.count": 2,
+        "iterations.responses": 3,
+        "iterations.prompts": 4,
+        "iterations.at_least": "null",
+        "sampling.max_new_tokens": 6,
+        "train.output_dir": tmp_path / "out",
+        "train.max_steps": 2,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 1,
+    }
+    if written.engine.kind != "hf":
+        changes |= {"engine": "hf", "engine.options": "null"}
+    if written.preference:
+        overridden["preference"] = {"name": "judging:circular"}
+    if written.reward.scorers:
+        overridden["reward"] = RewardConfig(scorers=({"name": "judging:vowels"},))
+    run = load_iterate_run(path, [f"{key}={value}" for key, value in changes.items()])
+    found = iterate(dataclasses.replace(run, **overridden))
+    assert [one["iteration"] for one in found] == [1, 2]
+    assert all(one["kept"] > 0 and one["kl/start"] != 0 for one in found)
+    assert (tmp_path / "out" / "iteration-2" / "model" / "model.safetensors").is_file()

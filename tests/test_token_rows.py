@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from reading import Write, read, refused
+
+from posttrain.data import load
+from posttrain.schema import parse
+from posttrain.settings import DataConfig
 
 
 def test_ids_stay_as_they_are(write: Write, tokenizer: Any) -> None:
@@ -47,3 +52,17 @@ def test_mistakes_are_one_line(write: Write, tokenizer: Any) -> None:
         tokenizer, name=write(good, {**good, "chosen": [-7]})
     )
     assert "rows of token ids are taken as they stand" in refused(tokenizer, name=write(good), format="plain")
+
+
+def test_rows_as_they_were_stored_come_along_where_asked(write: Write, tokenizer: Any) -> None:
+    """For scorers, which read messages and columns; of token ids the prompt is decoded."""
+    settings = parse(DataConfig, {"name": write({"prompt": "why?", "answer": 7})}, "data")
+    (row,) = load(settings, tokenizer, (), source=True).train
+    assert json.loads(row["source"]) == {
+        "prompt": [{"role": "user", "content": "why?"}],
+        "row": {"prompt": "why?", "answer": 7},
+    }
+    settings = parse(DataConfig, {"name": write({"prompt": row["prompt"], "answer": 8})}, "data")
+    (again,) = load(settings, tokenizer, (), source=True).train
+    assert again["prompt"] == row["prompt"]
+    assert json.loads(again["source"])["prompt"] == tokenizer.decode(row["prompt"])
