@@ -122,6 +122,7 @@ def claim(run: IterateRun) -> None:
 def header(run: IterateRun, counts: Sequence[int]) -> dict[str, str]:
     """What a training in iterations says of itself."""
     of, scorers = run.iterations, ", ".join(one.get("name", "") for one in run.reward.scorers)
+    judge = f"preference {run.preference.get('name')}" if run.preference else f"reward {scorers}"
     sampled = f"{of.responses} of {run.sampling.max_new_tokens} tokens, temperature {run.sampling.temperature:g}"
     held, *parts = counts
     return {
@@ -130,8 +131,7 @@ def header(run: IterateRun, counts: Sequence[int]) -> dict[str, str]:
         "reference": f"the {of.reference} model" if run.run.objective.reads_reference(run.run.config) else "none",
         "prompts": f"{', '.join(map(str, parts))} in {of.count} iterations; {held} to compare iterates on",
         "responses": f"{sampled}, by {run.engine.kind}",
-        "judged": f"{run.select}, by "
-        + (f"preference {run.preference.get('name')}" if run.preference else f"reward {scorers}"),
+        "judged": f"{run.select}, by {judge}",
         "output": str(run.output),
     }
 

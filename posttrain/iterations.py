@@ -82,7 +82,7 @@ class IterateRun:
     @property
     def columns(self) -> list[str]:
         """The numbers of a row that the objective reads."""
-        return [] if self.run.data.unpair else columns_of(self.run.objective.family)
+        return [] if self.run.data.unpair else list(columns_of(self.run.objective.family))
 
     @property
     def select(self) -> str:
@@ -190,7 +190,7 @@ def _refuse_objective(run: IterateRun) -> None:
     method, name = run.run.objective, run.run.objective.name
     for wrong, message in (
         (method.reads_teacher, f"{name} has a teacher, which nobody is here"),
-        (run.run.data.unpair and (roles_of(method.family), columns_of(method.family)) != tuple(map(list, UNPAIRED)),
+        (run.run.data.unpair and [roles_of(method.family), list(columns_of(method.family))] != list(map(list, UNPAIRED)),
          f"data.unpair makes rows of a completion and its label, and {name} reads others; leave it out"),
         (len(run.roles) == 1 and run.select == "tournament",
          f"a tournament finds pairs, and {name} learns from the best response alone; select everyone or scores"),

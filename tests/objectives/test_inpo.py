@@ -126,7 +126,7 @@ def test_ends(labels: str) -> None:
 
 def test_takes_its_numbers_from_the_rows() -> None:
     assert roles_of(ContestedPairs) == ["chosen", "rejected"]
-    assert columns_of(ContestedPairs) == ["previous_chosen", "previous_rejected", "preference"]
+    assert list(columns_of(ContestedPairs)) == ["previous_chosen", "previous_rejected", "preference"]
     assert INPO.family is ContestedPairs and INPO.reads_reference(INPO.config())
 
 
