@@ -22,7 +22,7 @@ _MODELS = ("smollm2-135m", "qwen2.5-0.5b", "gemma-3-4b", "qwen3-8b")
 _SCALING = ["benchmarks.scaling", "--model", "shape:llama-1b", "--processes", "1", "--bf16", "--steps", "6"]
 
 PARTS: dict[str, list[list[str]]] = {
-    "tests": [["pytest", "-q", "tests/fused_cases.py"]],
+    "tests": [["pytest", "-q", "tests/fused_cases.py"], ["pytest", "-q", "tests/test_trees.py", "-k", "gpu"]],
     "kernel-8b": [[*_KERNEL, "--preset", "llama-3-8b", "--tokens", "1024", "4096", "16384", "32768"]],
     "kernel-152k": [[*_KERNEL, "--hidden", "4096", "--vocab", "152064", "--tokens", "16384", "--cases", "trained,frozen"]],
     "kernel-models": [

@@ -120,6 +120,31 @@ def test_a_gradient_for_narrow_products_is_rounded_once() -> None:
     torch.testing.assert_close(outs[1].float(), want, rtol=2**-7, atol=0)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="narrow products with wide sums are a GPU's")
+@pytest.mark.parametrize("impl", ["fused", "chunked"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bfloat16_inputs_have_float32_logits(impl: str, frozen: bool) -> None:
+    """Log-probs to 1e-6 of the largest logit, gradients to 2^-8 (twice the rounding of a bfloat16 result)."""
+    n, v = 1500, 20_000
+    x, weight, target, upstream = (
+        normal(n, 64, seed=1).bfloat16(),
+        normal(v, 64, seed=2).bfloat16(),
+        ids(n, v),
+        normal(n, seed=3),
+    )
+    found = []
+    for dtype, how, device in ((torch.float64, "dense", "cpu"), (torch.bfloat16, impl, DEVICE)):
+        leaves = [x.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_(not frozen)]
+        logp = head_stats(Head(*leaves), ["logp"], target=target.to(device), impl=how)["logp"]
+        leaves = leaves[:1] if frozen else leaves
+        gradients = torch.autograd.grad((logp.double() * upstream.to(device)).sum(), leaves)
+        found.append([logp.detach().cpu().double(), *(gradient.cpu().double() for gradient in gradients)])
+    (truth, *slopes), (values, *gradients) = found
+    assert (values - truth).abs().max() <= 1e-6 * (x.double() @ weight.double().T).abs().max()
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert (gradient - slope).norm() <= 2**-8 * slope.norm()
+
+
 def test_what_is_not_finite_comes_out() -> None:
     head, _ = cast(policy(n=N, v=V), torch.float32, x=False, weight=False, device=DEVICE)
     head.x[2, 0] = torch.nan

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_compiles_for_a_gpu_without_one(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(compiled.asm["cubin"]) > 1000
 
 
-def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     head = cast(policy(), torch.float32)[0]
     with pytest.raises(
@@ -63,6 +64,14 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_KERNEL", "fused")
     with pytest.raises(ValueError, match="POSTTRAIN_KERNEL: fused: the hidden"):
         head_stats(head, ["logp"], target=ids())
+    monkeypatch.delenv("POSTTRAIN_KERNEL")
+    on_gpu = SimpleNamespace(
+        x=SimpleNamespace(is_cuda=True, dtype=torch.float64, device=torch.device("cuda")), dtype=torch.float64
+    )
+    assert [choose.implementation("auto", on_gpu, None) for _ in range(2)] == ["chunked"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "the kernel does without Triton here: the head is torch.float64; hidden states of 32 bits or less are needed"
+    ]
     assert [choose.implementation(impl, head, None) for impl in ("dense", "chunked")] == ["dense", "chunked"]
     monkeypatch.setenv("POSTTRAIN_KERNEL", "dense")
     assert choose.implementation("auto", head, None) == "dense"

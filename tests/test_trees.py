@@ -231,6 +231,31 @@ def test_flex_attention_equals_plain_forwards() -> None:
         assert (log_probs(model, "tree", SEVERAL_ROWS) - plain_log_probs(twin)).abs().max() < EXACT
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention has gradients on GPUs only")
+def test_flex_attention_on_a_gpu() -> None:
+    """Compiled, with gradients, for rows of several shapes: as sdpa with the dense mask."""
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+    }
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).cuda()
+    for count in (1, 2, 4):
+        found = []
+        for implementation in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(implementation)
+            batch = {name: tensor.cuda() for name, tensor in TreeCollator(ROLES, attention_scale=ONE_ROW)(ROWS[:count]).items()}
+            seen = attention(model.config, batch["tree"], batch["branch"], batch["position_ids"], "tree")
+            logits = model(input_ids=batch["input_ids"], use_cache=False, **seen).logits.flatten(0, 1)[batch["gather"]]
+            logps = logits.log_softmax(-1).gather(1, batch["targets"][:, None])
+            gradients = torch.autograd.grad(logps.sum(), list(model.parameters()))
+            found.append([logps.detach(), *gradients])
+        for ours, truth in zip(*found, strict=True):
+            assert (ours - truth).norm() <= 1e-3 * truth.norm()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_sdpa_takes_the_place_of_flex_attention_without_a_gpu(there: bool, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("llama").save_pretrained(tmp_path)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .head import Head
+
+log = logging.getLogger("posttrain.kernels")
 
 _TRITON = (3, 6)
 """The oldest that fused.py was written for."""
@@ -32,14 +35,23 @@ def implementation(impl: str, head: Head, ref: Head | None) -> str:
     where = "impl"
     if impl == "auto" and VARIABLE in os.environ:
         where, impl = VARIABLE, os.environ[VARIABLE]
+    if impl == "auto" and not head.x.is_cuda:
+        return "chunked"
+    reason = why_not_fused(head, ref) if impl in ("auto", "fused") else None
     if impl == "auto":
-        return "fused" if head.x.is_cuda and why_not_fused(head, ref) is None else "chunked"
+        return "fused" if reason is None else _without(reason)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{where}: no implementation {impl!r}; possible: auto, {', '.join(IMPLEMENTATIONS)}")
-    reason = why_not_fused(head, ref) if impl == "fused" else None
     if reason is not None:
         raise ValueError(f"{where}: fused: {reason}")
     return impl
+
+
+@functools.cache
+def _without(reason: str) -> str:
+    """What a GPU does then; said once."""
+    log.warning("the kernel does without Triton here: %s", reason)
+    return "chunked"
 
 
 def why_not_fused(head: Head, ref: Head | None = None) -> str | None:
