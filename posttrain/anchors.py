@@ -27,7 +27,7 @@ def logp_sums(run: Run, model: ModelConfig, rows: Any, roles: Sequence[str], fol
     """
     own = dataclasses.replace(run, model=model, reference=ReferenceConfig(kind="cached", cache=str(folder)))
     own, args = settle(own)
-    cache = references.cached(own, args, load_policy(model), Loaded(rows, None, None))
+    cache = references.cached(own, args, load_policy(model, args.seed), Loaded(rows, None, None))
     return [
         {role: float(cache.lookup(row["prompt"], row[role][0])["reference_logps"].sum(dtype="float64")) for role in roles}
         for row in rows

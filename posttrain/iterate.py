@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from . import console, data
 from .anchors import logp_sums
@@ -256,7 +256,6 @@ def _train(run: IterateRun, iteration: int, launch: Sequence[str]) -> None:
     """Train an iteration, here or in processes of its own."""
     trained = run.trained(iteration)
     if not launch:
-        set_seed(trained.train.get("seed", 42))  # what is drawn before the trainer seeds, such as an adapter's start
         execute(trained)
         release()
         return

@@ -16,6 +16,7 @@ from typing import Any
 
 from .cases import CASES, UNKNOWN
 from .claims import claims, divergence, entropy, reward
+from .game import rows
 from .theory import tilted
 from .world import World, world
 
@@ -72,9 +73,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go as well")
     options = parser.parse_args()
     there = world()
-    results = {"fixed points": fixed_points(there), "measured": measured(there), "claims": claims(there)}
+    results = {"fixed points": fixed_points(there), "measured": measured(there), "game": rows(), "claims": claims(there)}
     print(f"### Fixed points\n\n{table(results['fixed points'])}\n")
-    print(f"### Where theory names none\n\n{table(results['measured'])}")
+    print(f"### Where theory names none\n\n{table(results['measured'])}\n")
+    print(f"### INPO in a game\n\n{table(results['game'])}")
     for claim in results["claims"]:
         print(f"\n### {claim.statement}\n\n{claim.source}. Here: {claim.verdict}.\n\n{table(claim.rows)}")
     if options.json is not None:

@@ -94,7 +94,7 @@ class Learned:
 
 
 def learn(world: World, objective: Objective, config: Any, *, detached: bool = False, steps: int = 400) -> Learned:
-    """Train from the reference until the gradient of the expected loss is gone, with L-BFGS.
+    """Train from the author, the reference unless said otherwise, until the gradient of the expected loss is gone, with L-BFGS.
 
     Logits move in units of how seldom the reference comes to them, so that rare responses learn as fast as common ones.
 
@@ -117,11 +117,11 @@ def learn(world: World, objective: Objective, config: Any, *, detached: bool = F
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = expected_loss(world, objective, config, world.reference + scale * moved)
+        loss = expected_loss(world, objective, config, world.start + scale * moved)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     closure()
-    table = (world.reference + scale * moved).detach()
+    table = (world.start + scale * moved).detach()
     return Learned(table, world.logp(table), moved.grad.abs().max().item())

@@ -80,7 +80,7 @@ class World:
     """P prompts, a reference, a reward, and how often one response is preferred to another.
 
     A model is a table of logits, one row for every prefix of every prompt, so that it can be any distribution over responses.
-    Both responses of a pair are drawn from the reference, and responses are labelled by such pairs.
+    Both responses of a pair are drawn from the reference, or from another author, and responses are labelled by such pairs.
     """
 
     language: Language
@@ -94,6 +94,9 @@ class World:
     preference: Tensor
     """[P, n, n] the probability that the first response is preferred to the second."""
 
+    author: Tensor | None = None
+    """[P * K, V] logits of who draws the responses in place of the reference: the last iterate."""
+
     @property
     def prompts(self) -> int:
         return len(self.reward)
@@ -103,11 +106,21 @@ class World:
         """[P, n] log reference(y | x)."""
         return self.logp(self.reference)
 
+    @property
+    def start(self) -> Tensor:
+        """[P * K, V] logits that training starts from: the author's."""
+        return self.reference if self.author is None else self.author
+
+    @cached_property
+    def author_logp(self) -> Tensor:
+        """[P, n] log author(y | x)."""
+        return self.logp(self.start)
+
     @cached_property
     def reach(self) -> Tensor:
-        """[P * K, V] the probability that the reference comes to a prefix and goes on with a token."""
+        """[P * K, V] the probability that the author comes to a prefix and goes on with a token."""
         rows = self._logits * self.language.size + self.language.token.repeat(self.prompts)
-        drawn = self.reference_logp.exp().reshape(-1).repeat_interleave(self.language.lengths.repeat(self.prompts))
+        drawn = self.author_logp.exp().reshape(-1).repeat_interleave(self.language.lengths.repeat(self.prompts))
         return torch.zeros(self.reference.numel(), dtype=torch.float64).index_add(0, rows, drawn).view_as(self.reference)
 
     @cached_property
@@ -117,8 +130,8 @@ class World:
 
     @cached_property
     def win(self) -> Tensor:
-        """[P, n] the probability that a response is preferred to one of the reference."""
-        return (self.preference * self.reference_logp.exp()[:, None, :]).sum(-1)
+        """[P, n] the probability that a response is preferred to one of the author."""
+        return (self.preference * self.author_logp.exp()[:, None, :]).sum(-1)
 
     def logp(self, table: Tensor) -> Tensor:
         """[P * K, V] logits -> [P, n] log-prob of every response."""
@@ -138,7 +151,7 @@ class World:
         """Every ordered pair of responses to a prompt: B chosen and B rejected ones, and [B] the probability of this pair."""
         n = len(self.language.responses)
         first, second = torch.arange(self.prompts * n).view(-1, n, 1), torch.arange(self.prompts * n).view(-1, 1, n)
-        drawn = self.reference_logp.exp()
+        drawn = self.author_logp.exp()
         weight = 2 * drawn[:, :, None] * drawn[:, None, :] * self.preference / self.prompts  # as chosen drawn first or second
         chosen, rejected = (self._rows(number.expand_as(weight).reshape(-1)) for number in (first, second))
         return chosen, rejected, weight.reshape(-1)
@@ -146,7 +159,7 @@ class World:
     @cached_property
     def labels(self) -> tuple[Rows, Tensor, Tensor]:
         """Every response as the chosen and as the rejected one of a pair: B rows, [B] label, [B] probability."""
-        drawn, every = self.reference_logp.exp() / self.prompts, torch.arange(self.reference_logp.numel())
+        drawn, every = self.author_logp.exp() / self.prompts, torch.arange(self.reference_logp.numel())
         weight = torch.cat([(drawn * self.win).reshape(-1), (drawn * (1 - self.win)).reshape(-1)])
         label = torch.ones(len(every), dtype=torch.float64)
         return self._rows(every.repeat(2)), torch.cat([label, 1 - label]), weight
@@ -154,7 +167,7 @@ class World:
     @cached_property
     def mismatched(self) -> tuple[Rows, Tensor]:
         """Every response drawn for another prompt: B rows of it after this prompt, [B] probability."""
-        drawn = self.reference_logp.exp()
+        drawn = self.author_logp.exp()
         weight = (drawn.sum(0) - drawn) / (self.prompts * (self.prompts - 1))
         return self._rows(torch.arange(drawn.numel())), weight.reshape(-1)
 
@@ -193,9 +206,14 @@ class World:
         return family(**nothing, **dict.fromkeys(early_roles_of(family), rows.of(self.responses(table, ())))), weight
 
     def _column(self, name: str, roles: dict[str, Rows]) -> Tensor:
-        """[B] a column of the data: the reward of a role as its score, its probability to win against the reference."""
+        """[B] a column of the data: the reward of a role as its score, its probability to win against the author, the author's
+        log-prob of it, and that of the first to be preferred to the second."""
+        if name == "preference":
+            n = len(self.language.responses)
+            first, second = (one.number for one in roles.values())
+            return self.preference[first // n, first % n, second % n]
         role = next(role for role in roles if role in name.split("_"))
-        values = {"score": self.reward, "win": self.win}[name.replace(role, "").strip("_")]
+        values = {"score": self.reward, "win": self.win, "previous": self.author_logp}[name.replace(role, "").strip("_")]
         return values.reshape(-1)[roles[role].number]
 
     def responses(self, table: Tensor, want: Sequence[Want]) -> Completions:
