@@ -36,6 +36,9 @@ class Sum:
     slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """The derivative of `summand` in log policy, where it is worth writing down; else autograd takes it."""
 
+    divergence: str | None = None
+    """What divergences.py calls the same function, if it is there: the kernel may have a form of its own for it."""
+
     temperature: float = 1.0
     """Divides the logits of both models."""
 

@@ -134,14 +134,21 @@ def _at(
 def _entry(want: Want) -> kernels.Want:
     match want:
         case Sum():
-            return kernels.Separable(want.name, want.summand, want.slope)
+            return kernels.Separable(want.name, want.summand, want.slope, _formula(want.divergence))
         case Rowwise():
             return kernels.Rowwise(want.name, want.f, also=want.also)
     if want in KERNEL_STATISTICS:
         return want
     entry = divergence(want)
-    name, _, parameter = want.partition(":")
-    return kernels.Separable(want, entry.summand, entry.slope, formula=(name, float(parameter or 0)))
+    return kernels.Separable(want, entry.summand, entry.slope, _formula(want))
+
+
+def _formula(name: str | None) -> tuple[str, float] | None:
+    """How the kernel calls a divergence: its name apart from its parameter."""
+    if name is None:
+        return None
+    family, _, parameter = name.partition(":")
+    return family, float(parameter or 0)
 
 
 def _temperature(want: Want) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden import close, tensor
 from golden_taught import taught, taught_golden
+from posttrain_kernels import Head
 from random_statistics import random_statistics
 
 from posttrain.divergences import divergence
@@ -16,6 +17,7 @@ from posttrain.objectives.distillation.kd import KDConfig, kd
 from posttrain.registry import find
 from posttrain.schema import UserError, parse
 from posttrain.stats import Taught
+from posttrain.vocabulary import statistics
 
 KD = find("kd")
 OFFICIAL = 2e-7  # files whose source computes in float32
@@ -139,6 +141,23 @@ def test_mean_over_sequences_weighs_each_completion_alike() -> None:
     tokens = kd(KDConfig(), statistics).values.split(statistics.completion.lengths.tolist())
     assert loss.per == "row"
     close(loss.values, [one.mean().item() for one in tokens], 1e-12)
+
+
+def test_the_kernel_is_told_which_divergence_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its formula, so that a form of its own for it is used on a GPU; the formula's name means the same function."""
+    seen = []
+
+    def stats(head, want, **kwargs):
+        seen.extend(want)
+        return {}
+
+    monkeypatch.setattr("posttrain.vocabulary.kernels.head_stats", stats)
+    want = find("kd").want(KDConfig(divergence="jsd:0.3", temperature=2.0))
+    statistics(Head(torch.zeros(1, 2), torch.zeros(3, 2)), want, targets=torch.zeros(1, dtype=torch.int64))
+    (entry,) = seen
+    assert entry.formula == ("jsd", 0.3)
+    lp, lq = torch.randn(2, 5).log_softmax(-1)
+    assert torch.equal(entry.f(lp, lq), divergence("jsd:0.3").summand(lp, lq))
 
 
 def test_the_kernel_takes_the_gradient_early_only_where_all_tokens_weigh_alike() -> None:

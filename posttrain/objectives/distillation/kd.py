@@ -75,6 +75,7 @@ def _want(config: KDConfig) -> tuple[Want, ...]:
             name=config.divergence,
             summand=entry.summand,
             slope=entry.slope,
+            divergence=config.divergence,
             temperature=config.temperature,
             eager=config.mean == "tokens",
         ),

@@ -55,7 +55,8 @@ def _want(config: SuperHFConfig) -> Sequence[Want]:
     if not config.beta:
         return ()
     entry = divergence("forward_kl")
-    return (Sum(name="forward_kl", summand=entry.summand, slope=entry.slope, eager=config.kl_reduction == "tokens"),)
+    eager = config.kl_reduction == "tokens"
+    return (Sum(name="forward_kl", summand=entry.summand, slope=entry.slope, divergence="forward_kl", eager=eager),)
 
 
 def _lesson(config: SuperHFConfig, seen: Experience) -> Lesson:
