@@ -104,6 +104,34 @@ class Experience:
         return Completions(logps=self.old_logps, lengths=self.lengths, reference_logps=self.reference_logps)
 
 
+class _Empty(dict):
+    """An empty tensor under every name."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return torch.empty(0)
+
+
+def nothing(group: int, context: Mapping[str, float]) -> Experience:
+    """An experience without completions, from which a lesson can say what is wrong with settings before anything is sampled.
+
+    Args:
+        group: G.
+        context: what the objective reads beside its rows.
+    """
+    numbers, none = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    return Experience(
+        scores=numbers,
+        lengths=none,
+        group=group,
+        finished=torch.empty(0, dtype=torch.bool),
+        old_logps=numbers,
+        engine_logps=numbers,
+        reference_logps=numbers,
+        more=_Empty(),
+        context={name: torch.tensor(value) for name, value in context.items()},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
     """What is learned from a round."""

@@ -13,6 +13,7 @@ from .engines.build import build as build_engine
 from .engines.build import ends_of
 from .engines.build import refuse as refuse_engine
 from .engines.rollout import Engine
+from .experience import nothing
 from .online import OnlineTrainer
 from .recipe import Run
 from .rewards.build import reward
@@ -25,11 +26,13 @@ def refuse(run: Run) -> None:
     """Refuse settings of engine and reward before anything is loaded.
 
     Raises:
-        UserError: a setting that an engine would ignore, or a scorer that there is not.
+        UserError: a setting that an engine would ignore, a scorer that there is not, or what the objective itself refuses.
     """
     refuse_engine(run.engine)
     if run.objective.online:
         reward(run.reward)
+        state = {} if run.objective.state is None else run.objective.state(run.config, {}, {})
+        run.objective.lesson(run.config, nothing(run.rollouts.group_size or GROUP, {"progress": 0.0, **state}))
 
 
 def describe(run: Run) -> dict[str, str]:

@@ -297,6 +297,8 @@ def test_distinct_bigrams() -> None:
         (["reference.kind=frozen"], "sampled reads no reference"),
         (["beta=1", "reference.rate=0.1"], "reference.rate is for kind = ema"),
         (["beta=1", "reference.kind=soup"], "needs reference.models"),
+        (["objective.name=rlhf", "rollouts.group_size=1"], "rollouts.group_size = 1: advantage = rloo compares"),
+        (["objective.name=superhf", "rollouts.group_size=1"], "rollouts.group_size = 1: of a group the best 1"),
         (["sampling.max_new_tokens=300"], "are more than the 256 positions"),
     ],
 )

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..schema import UserError
 from ..settings import SamplingConfig
 from .client import EngineError
 from .rollout import Rollout, cut, refuse_prompts, seeds_for
+
+T = TypeVar("T")
 
 Export = Callable[[Path], None]
 """Writes the policy's present weights into a folder, as safetensors that `from_pretrained` reads (weights.py)."""
@@ -93,7 +95,7 @@ class VLLMEngine:
         seeds = seeds_for(self.sampling, self.version, prompts, seeds)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         settings = [self._parameters(**parameters(self.sampling, self.ends, n, seed), detokenize=False) for seed in seeds]
-        answers = self._answers(asked, settings) if prompts else []
+        answers = self._alive(lambda: self._llm.generate(asked, settings, use_tqdm=False)) if prompts else []
         out = []
         for group, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             for one in sorted(answer.outputs, key=lambda one: one.index):
@@ -102,11 +104,17 @@ class VLLMEngine:
                 out.append(rollout(prompt, ids, logps, one.finish_reason, self.ends, group, self.version))
         return out
 
-    def _answers(self, asked: list[dict[str, Any]], settings: list[Any]) -> list[Any]:
+    @staticmethod
+    def _alive(work: Callable[[], T]) -> T:
+        """What `work` gives.
+
+        Raises:
+            EngineError: vLLM's process died.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self._llm.generate(asked, settings, use_tqdm=False)
+            return work()
         except EngineDeadError as error:
             raise EngineError(f"engine vllm: its process died; what it wrote is above: {error}") from error
 
@@ -116,8 +124,8 @@ class VLLMEngine:
             return
         assert self.export is not None and self.folder is not None, "sync needs export and folder"
         self.export(self.folder)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
-        if not self._llm.reset_prefix_cache():
+        self._alive(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)}))
+        if not self._alive(self._llm.reset_prefix_cache):
             raise EngineError("engine vllm: the prefix cache could not be reset, so old and new weights would mix")
         self._synced = version
 
