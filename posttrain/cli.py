@@ -87,10 +87,7 @@ class RunCommand(click.Command):
         with formatter.section("Settings: run"):
             formatter.write_dl(
                 [
-                    (
-                        "--layout  auto|tree|separate",
-                        "Share each prompt among its completions; auto: where it is exact.  [auto]",
-                    ),
+                    ("--layout  auto|tree|separate", "Share prompts among completions; auto: where it is exact.  [auto]"),
                     (
                         "--nonfinite  stop|skip|go_on",
                         "A loss or gradient that is not finite: end the run with the batch saved, leave the step out,"
