@@ -14,6 +14,7 @@ from tiny import tiny_tokenizer
 from tiny_models import SHARING, tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from posttrain.check import check
 from posttrain.models import Request, model_inputs
 from posttrain.objectives.reward.reward import RewardConfig, reward
 from posttrain.recipe import load_run
@@ -181,3 +182,29 @@ def test_goes_on_from_a_reward_model(folder: Path, tmp_path: Path) -> None:
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.unk_token = tokenizer.eos_token
     with pytest.raises(UserError, match="give a tokenizer with a pad_token of its own"):
         pad_apart(tokenizer)
+
+
+def test_optimum_is_the_log_odds_of_the_preferences() -> None:
+    """a is preferred to b 3 times of 4: r_a - r_b = log 3; centring puts the sum at 0 and takes nothing of that."""
+    scores = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(4, dtype=torch.int64)
+    optimizer = torch.optim.LBFGS([scores], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        chosen, rejected = scores[[0, 0, 0, 1]] + 1, scores[[1, 1, 1, 0]] + 1  # off centre
+        sides = {"chosen": Scores(values=chosen, lengths=one), "rejected": Scores(values=rejected, lengths=one)}
+        loss = reward(RewardConfig(center=0.1), Scored(**sides, margin=torch.zeros(4))).values.mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    close(scores[0] - scores[1], math.log(3), 1e-6)
+    close(scores.sum(), -2.0, 1e-6)
+
+
+def test_what_check_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No vocabulary is read, so none is in the prediction of memory."""
+    check(load_run("reward", overrides=[f"model={folder / 'model'}", f"data={folder / 'data.jsonl'}"]))
+    said = capsys.readouterr().out
+    assert "margin <- margin" in said and "weights 0.00 GiB" in said and "vocabulary" not in said
