@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
 from annotated_types import Ge
+from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -71,19 +73,24 @@ class RewardModel(Judge):
 
     @cached_property
     def network(self) -> Any:
-        """The model.
+        """The model; of an adapter that posttrain reward exported, with its base.
 
         Raises:
             UserError: it cannot be loaded, or has several labels and none is chosen.
         """
+        dtype = torch.bfloat16 if bf16_available() else torch.float32
         with readable("reward.model", self.model):
-            network = AutoModelForSequenceClassification.from_pretrained(
-                self.model,
-                config=load_config(self.settings),
-                revision=self.revision,
-                dtype=torch.bfloat16 if bf16_available() else torch.float32,
-                trust_remote_code=self.trust_remote_code,
-            )
+            if Path(self.model, "adapter_config.json").is_file():
+                network = AutoPeftModelForSequenceClassification.from_pretrained(self.model, num_labels=1, dtype=dtype)
+                network = network.merge_and_unload()
+            else:
+                network = AutoModelForSequenceClassification.from_pretrained(
+                    self.model,
+                    config=load_config(self.settings),
+                    revision=self.revision,
+                    dtype=dtype,
+                    trust_remote_code=self.trust_remote_code,
+                )
         labels = network.config.num_labels
         if (labels == 1) != (self.label is None) or (self.label or 0) >= labels:
             names = ", ".join(f"{number} ({name})" for number, name in network.config.id2label.items())

@@ -163,6 +163,9 @@ def test_an_adapter_and_its_merge(merge: bool, folder: Path, tmp_path: Path) -> 
         expected = done.model.eval()(input_ids=ids).logits
         assert expected.abs() > 1e-3
         torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    judge = RewardModel(model=str(tmp_path / "out"))
+    with torch.no_grad():
+        assert judge.network(input_ids=ids).logits.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_goes_on_from_a_reward_model(folder: Path, tmp_path: Path) -> None:
