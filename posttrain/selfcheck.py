@@ -55,7 +55,7 @@ class SelfCheck(TrainerCallback):
             self.report = {"layout": layout, **(found or {"log-probs": f"within {error:.1e} nats of the model's own logits"})}
             if state.global_step == 0 and trainer.reads_reference:
                 with torch.no_grad(), evaluating(trainer.model):
-                    self._start(rows[:2])
+                    self._start(sorted(rows, key=lambda row: _length(row, trainer.roles))[:2])
         log.info("self-check passed: %s", ", ".join(f"{name} {value}" for name, value in self.report.items()))
 
     @property
@@ -157,9 +157,13 @@ def choose_layout(
 def _telling(model: nn.Module, rows: Sequence[dict[str, Any]], roles: Sequence[str]) -> dict[str, Any]:
     """The shortest row; for a sliding window the shortest that is longer than it, else the longest."""
     window = causal_lm(model).config.get_text_config().to_dict().get("sliding_window") or 0
-    length = lambda row: len(row["prompt"]) + min(len(c) for role in roles for c in row[role])  # noqa: E731
-    ordered = sorted(rows, key=length)
-    return next((row for row in ordered if length(row) > window), ordered[-1])
+    ordered = sorted(rows, key=lambda row: _length(row, roles))
+    return next((row for row in ordered if _length(row, roles) > window), ordered[-1])
+
+
+def _length(row: dict[str, Any], roles: Sequence[str]) -> int:
+    """Tokens of a row's prompt and its shortest completion."""
+    return len(row["prompt"]) + min(len(completion) for role in roles for completion in row[role])
 
 
 def tolerance(model: nn.Module) -> float:
