@@ -329,7 +329,8 @@ class Trainer(transformers.Trainer):
         while term is not None:
             logged[f"loss.{i}"], term, i = term.values.detach(), term.plus, i + 1
         self.eval_meter.add(logged)
-        return loss.values.detach().sum(), None, None  # of this batch; the loss of the set is the meter's
+        # Of this batch, in one dtype on all processes, whatever rows they have; the loss of the set is the meter's.
+        return loss.values.detach().sum().float(), None, None
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As inherited, but loss and metrics are exact global means over the set, whatever the batches."""
