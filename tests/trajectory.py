@@ -115,7 +115,10 @@ def rows_for(objective: Objective, count: int = STEPS * ROWS_A_STEP) -> Sequence
     ]
     for row in rows if token_columns_of(objective.family) else ():
         sizes = [len(completion) for completion in row["completion"]]
-        row |= {f"token.{name}": [generator.normal(size=n).astype(np.float32) for n in sizes] for name in token_columns_of(objective.family)}
+        row |= {
+            f"token.{name}": [generator.normal(size=n).astype(np.float32) for n in sizes]
+            for name in token_columns_of(objective.family)
+        }
     early = early_roles(objective)
     return Mismatched(rows, lenders([row["prompt"] for row in rows], 0, "rows"), early, 64) if early else rows
 
