@@ -26,7 +26,7 @@ def combinations(options: argparse.Namespace) -> dict[str, list[str]]:
     return {
         "dpo, frozen reference": ["dpo", *pairs],
         "dpo, LoRA, reference with the adapter off": ["dpo", *pairs, "model.peft.r=16"],
-        "dpo, cached reference, checkpointing": ["dpo", *pairs, "reference=cached", "train.gradient_checkpointing=true"],
+        "dpo, frozen reference, gradient checkpointing": ["dpo", *pairs, "train.gradient_checkpointing=true"],
         "kto": ["kto", f"data={options.labelled}"],
         "sparsepo": ["sparsepo", *pairs],
         "kd": ["kd", *answers],
