@@ -226,6 +226,9 @@ class Trainer(transformers.Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """All micro-batches of the next optimizer step, each with the step's context, and their global counts."""
+        if self.state.global_step >= self.state.max_steps:  # continued from its last checkpoint: transformers would go on
+            self.control.should_training_stop = True
+            return [], self.counts([], device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         while 0 < len(batches) < num_batches:  # a stream ended: without a whole step its gradients would go into the next one
             batches.append(self._empty_batch())

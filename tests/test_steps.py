@@ -142,6 +142,16 @@ def test_an_interrupted_run_goes_on_in_the_middle_of_its_round(folder: Path, tmp
         trained(folder, tmp_path, *more, resume=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.parametrize("words", [[], ["rollouts.every=2", "rollouts.epochs=2"]])
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(folder: Path, tmp_path: Path, words: list[str]) -> None:
+    more = [*words, "train.max_steps=1", "train.save_steps=1"]
+    whole = trained(folder, tmp_path, *more)
+    again = trained(folder, tmp_path, *more, resume=str(tmp_path / "checkpoint-1"))
+    assert again.trainer.state.global_step == 1 and len(read_transcript(tmp_path)) == 4 * (2 if words else 1)
+    pairs = zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_a_scorer_that_raises_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sampled
 
