@@ -19,7 +19,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m posttrain.quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "$(TESTS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "$(TESTS)"
 
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py

@@ -104,7 +104,7 @@ def clip_cov(
 ) -> torch.Tensor:
     """[N] bool: the tokens to leave out, as many as this share of all, drawn from those strictly within the bounds.
 
-    The draw follows from the last digits of the covariances, so a resumed run draws the same, and processes need no common seed.
+    The draw follows from the last digits of the covariances: a resumed run draws the same, and processes need no common seed.
 
     Args:
         clipped: [N] bool, tokens that are clipped already, which are not drawn.
