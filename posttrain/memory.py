@@ -143,9 +143,6 @@ def shape(
     weight = max((p for p in model.parameters()), key=lambda p: p.numel())
     shared = run.layout != "separate" and not shareable(model)
     rows = _imagined(run, rows) if run.objective.online else rows
-    settings = config.to_dict()
-    heads = settings.get("num_key_value_heads") or config.num_attention_heads
-    width = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
     return Shape(
         parameters=total,
         trainable=trainable,
@@ -160,7 +157,7 @@ def shape(
         accumulated=args.gradient_accumulation_steps > 1,
         frozen_reference=kind in ("frozen", "ema", "soup"),
         sampled=_sampled(run, rows),
-        cache=2 * heads * width,
+        cache=2 * _heads(config)[1],
         teacher_bytes=teacher_bytes,
         states=States() in run.objective.want(run.config),
         vocabulary=not run.objective.scores,
@@ -179,11 +176,20 @@ def kept(config: Any) -> int:
     MLP of SiLU keeps the gate, its activation, the other half and their product.
     """
     values = config.to_dict()
-    attention = (values.get("head_dim") or 0) * values.get("num_attention_heads", 0) or config.hidden_size
     inner = values.get("intermediate_size") or values.get("ffn_dim") or values.get("n_inner") or 4 * config.hidden_size
     if values.get("num_experts_per_tok"):
         inner = (values.get("moe_intermediate_size") or inner) * values["num_experts_per_tok"]
-    return 6 * config.hidden_size + 4 * attention + 4 * inner
+    return 6 * config.hidden_size + 4 * _heads(config)[0] + 4 * inner
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Width of all heads of queries, and of those of keys; of a model that does not tell them apart, that of the model."""
+    values, hidden = config.to_dict(), config.hidden_size
+    queries = values.get("num_attention_heads")
+    if not queries:
+        return hidden, hidden
+    width = values.get("head_dim") or hidden // queries
+    return queries * width, (values.get("num_key_value_heads") or queries) * width
 
 
 def _imagined(run: Run, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

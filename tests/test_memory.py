@@ -65,5 +65,8 @@ def test_what_a_layer_keeps() -> None:
     llama = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
     assert memory.kept(AutoConfig.for_model("llama", **llama, head_dim=24)) == 6 * 64 + 4 * 96 + 4 * 176
     assert memory.kept(AutoConfig.for_model("gpt2", n_embd=64, n_head=4)) == 6 * 64 + 4 * 64 + 4 * 256
+    assert memory.kept(AutoConfig.for_model("qwen2", **llama)) == 6 * 64 + 4 * 64 + 4 * 176
+    mamba = AutoConfig.for_model("mamba", hidden_size=64, intermediate_size=128)  # has no heads
+    assert memory.kept(mamba) == 6 * 64 + 4 * 64 + 4 * 128
     mixture = llama | {"num_local_experts": 8, "num_experts_per_tok": 2}
     assert memory.kept(AutoConfig.for_model("mixtral", **mixture)) == 6 * 64 + 4 * 64 + 4 * 352
