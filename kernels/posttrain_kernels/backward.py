@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .gradient import Coefficients
 from .kept import block_gradient, coefficients_of
-from .project import accumulate, exact_products, logits_tile, narrow, operand, row_factor, tile_weights
+from .project import accumulate, exact_products, logits_tile, narrow, row_factor, tile_weights
 from .task import Gradients, Need, Result, Task
 
 
@@ -58,7 +58,9 @@ def _by_tile(task: Task, whole: Coefficients, need: Need, held: dict[tuple[int, 
     chunks = task.sizes.chunks(n)
     rows = max(chunk.stop - chunk.start for chunk in chunks)
     work = [whole.factor.new_empty(rows * task.sizes.items) for _ in range(2 if whole.pairs else 1)]
-    sweep = _Sweep(task, whole, out, chunks, work, _scaled(task, whole, need, chunks))
+    ahead = [] if head.x.device.type == "cpu" else chunks
+    scaled = [out.scaled(head, chunk, row_factor(head, whole.factor[chunk], chunk)) for chunk in ahead]
+    sweep = _Sweep(task, whole, out, chunks, work, scaled)
     for start, stop in task.tiles(head):
         _backward_tile(sweep, start, stop, held.pop((start, stop), None))
     for total in out.x:
@@ -79,23 +81,9 @@ class _Sweep:
     work: list[Tensor]
     """Memory of a tile, for each head that is read."""
 
-    scaled: list[Tensor | None]
-    """[N, H_i] of every term: x times its row factor, as operands; None where that is taken for each tile anew."""
-
-
-def _scaled(task: Task, whole: Coefficients, need: Need, chunks: list[slice]) -> list[Tensor | None]:
-    """On a GPU all at once, as operands are narrow there; on a CPU they would take as much memory as the gradient of x."""
-    if task.head.x.device.type == "cpu":
-        return [None] * len(task.head.terms)
-    return [
-        torch.cat([_times_factor(task, whole, x, rows) for rows in chunks]) if needed else None
-        for (x, _), needed in zip(task.head.terms, need.weight, strict=True)
-    ]
-
-
-def _times_factor(task: Task, whole: Coefficients, x: Tensor, rows: slice) -> Tensor:
-    factor = row_factor(task.head, whole.factor[rows], rows)
-    return operand(x[rows].to(factor.dtype) * factor, x)
+    scaled: list[list[Tensor | None]]
+    """`Gradients.scaled` of every chunk, on a GPU, where operands are narrow; on a CPU empty, as all of them would take as much
+    memory as the gradient of x."""
 
 
 def _backward_tile(sweep: _Sweep, start: int, stop: int, held: Tensor | None) -> None:
@@ -117,16 +105,17 @@ def _backward_tile(sweep: _Sweep, start: int, stop: int, held: Tensor | None) ->
             with exact_products(task.ref.x):
                 logits_tile(task.ref, ref_weights, start, rows, rest[0])
         own = whole.rows(rows)
+        factor = row_factor(head, own.factor, rows)
         dz = task.passes.gradient(task, own, z, rest[0] if pairs else None, start, rows)
         if bias is not None:
-            bias.addmv_(dz.mT, row_factor(head, own.factor, rows).squeeze(1))
+            bias.addmv_(dz.mT, factor.squeeze(1))
+        scaled = sweep.scaled[i] if sweep.scaled else out.scaled(head, rows, factor)
         with exact_products(head.x):
-            for (x, _), scaled, weight, dx, dw in zip(head.terms, sweep.scaled, weights, out.x, sums, strict=True):
+            for (x, _), right, weight, dx, dw in zip(head.terms, scaled, weights, out.x, sums, strict=True):
                 narrowed = narrow(dz, x)
                 if dx is not None:
                     accumulate(dx[rows], narrowed, weight, add=True)
                 if dw is not None:
-                    right = _times_factor(task, whole, x, rows) if scaled is None else scaled[rows]
                     accumulate(dw, narrowed.mT, right, add=i > 0)
     for total, dw in zip(out.weight, sums, strict=True):
         if total is not None and dw.dtype != total.dtype:

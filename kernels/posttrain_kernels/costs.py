@@ -188,12 +188,13 @@ def _gradients(
     for tile in _tiles(plan, heads, normalisers, workspace):
         mean += plan.cost.gradient(tile.p, tile.q, upstream).mul_(tile.p).sum(-1)
     factor = row_factor(head, torch.ones_like(mean)[:, None], rows)
+    scaled = out.scaled(head, rows, factor)
     for tile in _tiles(plan, heads, normalisers, workspace):
         dz = plan.cost.gradient(tile.p, tile.q, upstream).sub_(mean[:, None]).mul_(tile.p)
         if tile.cap is not None:
             dz.mul_(tile.cap)
         with exact_products(head.x):
-            out.add_tile(head, tile.weights, dz, rows, tile.start, factor)
+            out.add_tile(head, tile.weights, dz, rows, tile.start, factor, scaled)
     for dx in out.x:
         if dx is not None:
             dx *= factor

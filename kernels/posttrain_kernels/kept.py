@@ -85,11 +85,12 @@ def slope_gradient(task: Task, result: Result, rows: slice, kept: Kept, unit: st
     head, n = task.head, rows.stop - rows.start
     c = result.sums[unit][rows, None]
     factor = row_factor(head, torch.ones_like(c), rows)
+    scaled = out.scaled(head, rows, factor)
     tiles = [tile for tile in task.tiles(head) if tile[1] <= task.edge]
     with exact_products(head.x):
         for (start, stop), p, its in zip(tiles, *kept, strict=False):
             dz = p[:n].mul_(c).neg_().add_(its[:n])
-            out.add_tile(head, tile_weights(head, start, stop), dz, rows, start, factor)
+            out.add_tile(head, tile_weights(head, start, stop), dz, rows, start, factor, scaled)
     for dx in out.x:
         if dx is not None:
             dx[rows] *= factor
@@ -130,6 +131,7 @@ def block_gradient(task: Task, result: Result, own: Coefficients, rows: slice, k
     if own.rowwise:
         _rows_to_gradient(task, result, own, rows, kept)
     factor = row_factor(head, own.factor, rows)
+    scaled = out.scaled(head, rows, factor)
     with exact_products(head.x):
         for j, (start, stop) in enumerate(task.tiles(head)):
             dz = kept[0][j][:n]
@@ -137,7 +139,7 @@ def block_gradient(task: Task, result: Result, own: Coefficients, rows: slice, k
                 dz = task.passes.gradient(
                     task, own, dz, kept[1][j][:n] if own.pairs and stop <= task.edge else None, start, rows
                 )
-            out.add_tile(head, tile_weights(head, start, stop), dz, rows, start, factor)
+            out.add_tile(head, tile_weights(head, start, stop), dz, rows, start, factor, scaled)
     for dx in out.x:
         if dx is not None:
             dx[rows] *= factor

@@ -182,23 +182,40 @@ class Gradients:
             sums(head.bias, True) if need.bias else None,
         )
 
-    def add_tile(self, head: Head, weights: list[Tensor], dz: Tensor, rows: slice, start: int, factor: Tensor) -> None:
+    def scaled(self, head: Head, rows: slice, factor: Tensor) -> list[Tensor | None]:
+        """[n, H_i] x times the factor [n, 1] of the tokens `rows`, as operands, of every term whose weight needs a gradient."""
+        return [
+            None if dw is None else operand(x[rows].to(factor.dtype) * factor, x)
+            for (x, _), dw in zip(head.terms, self.weight, strict=True)
+        ]
+
+    def add_tile(
+        self,
+        head: Head,
+        weights: list[Tensor],
+        dz: Tensor,
+        rows: slice,
+        start: int,
+        factor: Tensor,
+        scaled: list[Tensor | None],
+    ) -> None:
         """Add to sums what a tile of derivatives in the logits gives; what goes to x still lacks the factor.
 
         Args:
             weights: of the tile, as operands.
             dz: [n, C] derivatives over `factor`, for the tokens `rows` and the items from `start`.
             factor: [n, 1]
+            scaled: what the function of this name gives for them.
         """
         items = slice(start, start + dz.shape[1])
         if self.bias is not None:
             self.bias[items].addmv_(dz.mT, factor.squeeze(1))  # a policy with a bias has dz in the dtype of the logits
-        for (x, _), weight, dx, dw in zip(head.terms, weights, self.x, self.weight, strict=True):
+        for (x, _), right, weight, dx, dw in zip(head.terms, scaled, weights, self.x, self.weight, strict=True):
             narrowed = narrow(dz, x)
             if dx is not None:
                 accumulate(dx[rows], narrowed, weight, add=True)
             if dw is not None:
-                accumulate(dw[items], narrowed.mT, operand(x[rows].to(factor.dtype) * factor, x), add=True)
+                accumulate(dw[items], narrowed.mT, right, add=True)
 
     def like(self, head: Head) -> list[Tensor | None]:
         """In the order and the dtypes of `head.tensors`; the temperature has none."""
