@@ -35,6 +35,7 @@ from .faults import writing
 from .iterations import PREVIOUS, IterateRun, judges
 from .mismatch import early_roles
 from .models import load_tokenizer
+from .precompute import precompute
 from .records import first_difference
 from .run import execute, quiet_libraries, require_extras
 from .sample import SampleRun, sample
@@ -95,10 +96,11 @@ def check(run: IterateRun) -> None:
     quiet_libraries()
     require_extras(run.run)
     tokenizer, out = load_tokenizer(run.run.model), console.console()
-    dealt = parts(run, tokenizer)
+    dealt, report = parts(run, tokenizer)
     for title, section in run.resolved().items():
         if isinstance(section, dict):
             console.show({key: str(value) for key, value in section.items() if value not in (None, {}, [])}, title, out)
+    console.show({"prompts": report}, "data as read", out)
     console.show({"prompt": tokenizer.decode(dealt[1][0]["prompt"])}, "first prompt as the model sees it", out)
     console.show(header(run, [len(part) for part in dealt]), "plan", out)
 
@@ -144,13 +146,19 @@ def deal(run: IterateRun, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     paths = [run.folder(t) / "prompts.jsonl" for t in range(run.iterations.count + 1)]
     if not all(path.is_file() for path in paths):
-        for path, part in zip(paths, parts(run, tokenizer), strict=True):
+        dealt, report = parts(run, tokenizer)
+        console.show({"prompts": report}, title="data")
+        for path, part in zip(paths, dealt, strict=True):
             write_lines(path, ({"prompt": row["prompt"], "source": row["source"]} for row in part))
     return [sum(1 for _ in lines(path)) for path in paths]
 
 
-def parts(run: IterateRun, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The prompts to evaluate on, then those of each iteration; none is in two of them."""
+def parts(run: IterateRun, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], str]:
+    """The prompts to evaluate on, then those of each iteration, none in two of them; and what was read, cut and left out.
+
+    Raises:
+        UserError: the data cannot be read, or are not enough.
+    """
     of, unpaired = run.iterations, dataclasses.replace(run.run.data, unpair=False)
     loaded = data.load(unpaired, tokenizer, (), source=True)
     order = np.arange(len(loaded.train))
@@ -167,7 +175,7 @@ def parts(run: IterateRun, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
             f"iterations: {of.count} iterations of {size or 1} prompts and {held} to evaluate on are more than {len(order)}: "
             "give fewer iterations or iterations.prompts"
         )
-    return [evaluated, *(loaded.train.select(order[t * size : (t + 1) * size]) for t in range(of.count))]
+    return [evaluated, *(loaded.train.select(order[t * size : (t + 1) * size]) for t in range(of.count))], str(loaded.report)
 
 
 def _iteration(run: IterateRun, iteration: int, tokenizer: PreTrainedTokenizerBase, launch: Sequence[str]) -> None:
@@ -259,8 +267,10 @@ def _train(run: IterateRun, iteration: int, launch: Sequence[str]) -> None:
         execute(trained)
         release()
         return
-    folder = run.folder(iteration)
-    recipe = folder / "train.json"
+    if trained.reference.kind == "cached":
+        precompute(trained)  # sharded trainings only read them
+        release()
+    recipe = run.folder(iteration) / "train.json"
     write_lines(recipe, iter([{key: value for key, value in trained.resolved().items() if value is not None}]))
     process = subprocess.Popen([sys.executable, "-m", "posttrain", "train", str(recipe), *launch])
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())

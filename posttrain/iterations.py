@@ -190,6 +190,7 @@ def _refuse_objective(run: IterateRun) -> None:
     method, name = run.run.objective, run.run.objective.name
     for wrong, message in (
         (method.reads_teacher, f"{name} has a teacher, which nobody is here"),
+        (method.scores, f"{name} trains a model that scores, and writes nothing"),
         (run.run.data.unpair and [roles_of(method.family), list(columns_of(method.family))] != list(map(list, UNPAIRED)),
          f"data.unpair makes rows of a completion and its label, and {name} reads others; leave it out"),
         (len(run.roles) == 1 and run.select == "tournament",

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import tiny
 
+from posttrain import sample
 from posttrain.cli import main
 from posttrain.iterate import check, iterate
 from posttrain.iterations import load_iterate_run
 from posttrain.recipe import load_run
 from posttrain.records import read_metrics
 from posttrain.schema import UserError
+from posttrain.settings import EngineConfig
 
 HERE = Path(__file__).parent
 PROMPTS = [f"say {i} ab?" for i in range(15)]
@@ -249,6 +251,33 @@ def test_responses_sampled_elsewhere(words: list[str], inpo: Path, tmp_path: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_server_is_given_the_weights_of_each_iterate(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the start, too: it may have others from an earlier run."""
+    build, seen = sample.build, []
+
+    def recorded(config: Any, *args: Any, folder: Path | None, **kwargs: Any) -> Any:
+        engine = build(EngineConfig(), *args, **kwargs)
+        monkeypatch.setattr(engine, "sync", lambda version: seen.append((version, folder)))
+        return engine
+
+    monkeypatch.setattr(sample, "build", recorded)
+    there = [word for word in words if not word.startswith("engine")]
+    more = ["objective=dpo", "reward=judging:vowels", "iterations.count=1", "train.max_steps=1", "engine=vllm"]
+    iterate(load_iterate_run(None, [*there, *more, "engine.url=http://localhost:1"]))
+    out = tmp_path / "out"
+    assert seen == [(0, out / "iteration-1/.weights"), (0, out / "start/.weights"), (1, out / "iteration-1/.weights")]
+
+
+@pytest.mark.slow
+def test_trained_in_processes_of_its_own(inpo: Path, words: list[str], tmp_path: Path) -> None:
+    """They are given a recipe, and find the reference's log-probs on disk."""
+    iterate(load_iterate_run(None, [*words, *INPO]), ["--launch", "single"])
+    ours, theirs = weights(inpo), weights(tmp_path / "out")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -261,6 +290,8 @@ def test_responses_sampled_elsewhere(words: list[str], inpo: Path, tmp_path: Pat
         (["objective=sppo_soft", "preference=length"], "takes iterations.select = everyone"),
         (["objective=kto", "reward=length"], "reads 'label' of each row. Possible here: .*; data.unpair makes labels"),
         (["objective=kd", "teacher=X", "reward=length"], "kd has a teacher"),
+        (["objective=rlhf", "reward=length"], "rlhf samples within its training already: posttrain train"),
+        (["objective=reward", "reward=length"], "reward trains a model that scores"),
         (["objective=dpo", "reward=length", "model.revision=main"], "give a folder"),
         (["objective=dpo", "reward=length", "sampling.temperature=0"], "makes all responses to a prompt the same"),
         (["objective=dpo", "reward=length", "sampling.max_new_tokens=64"], "leaves no room for a prompt"),

@@ -7,8 +7,9 @@
 ratio is tau / eta of the paper: 1 is IPO against the reference with beta = eta, 0 knows the last iterate alone. For pairs that
 the last iterate wrote, labelled by the preference, the optimum of both losses is a step of online mirror descent,
 policy ~ exp(P(y > previous) / eta) * reference^ratio * previous^(1 - ratio), and its fixed point the Nash policy of the game
-regularised by tau. The numbers of a row, which `posttrain iterate` computes once an iteration: `previous_chosen` and
-`previous_rejected`, the last iterate's log-probs of both completions, and `preference`, p.
+regularised by tau; the best and the worst of 8, which is what is published, are not quite such pairs. The numbers of a row,
+which `posttrain iterate` computes once an iteration: `previous_chosen` and `previous_rejected`, the last iterate's log-probs of
+both completions, and `preference`, p.
 
 With eta this small the target, 67 nats, is out of reach, so that the gradient is about -1 / eta a pair and hardly changes:
 learning rate and max_grad_norm decide how far an iteration goes, and the loss says little; `inpo/h` does.
