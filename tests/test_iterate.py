@@ -291,7 +291,6 @@ def test_trained_in_processes_of_its_own(inpo: Path, words: list[str], tmp_path:
         (["objective=kto", "reward=length"], "reads 'label' of each row. Possible here: .*; data.unpair makes labels"),
         (["objective=kd", "teacher=X", "reward=length"], "kd has a teacher"),
         (["objective=rlhf", "reward=length"], "rlhf samples within its training already: posttrain train"),
-        (["objective=reward", "reward=length"], "reward trains a model that scores"),
         (["objective=dpo", "reward=length", "model.revision=main"], "give a folder"),
         (["objective=dpo", "reward=length", "sampling.temperature=0"], "makes all responses to a prompt the same"),
         (["objective=dpo", "reward=length", "sampling.max_new_tokens=64"], "leaves no room for a prompt"),
