@@ -90,7 +90,7 @@ def test_fillers_leave_no_trace(layout: str) -> None:
         return {"reference_logps": np.full(len(completion), 0.5, dtype=np.float32)}
 
     row = {"prompt": [5, 6], "chosen": [[7, 8]], "rejected": [[9]], "label": 1}
-    both = [TreeCollator(roles, ("label",), layout, lookup) for roles in (("chosen", "rejected"), ("chosen",))]
+    both = [TreeCollator(roles, ("label",), layout=layout, reference=lookup) for roles in (("chosen", "rejected"), ("chosen",))]
     collate = Collator(*both)
     alone, among = collate([row]), collate([None, row, None])
     assert alone.keys() == among.keys() and all(torch.equal(alone[name], among[name]) for name in alone)
