@@ -51,6 +51,9 @@ def start(words: list[str], place: list[Any] | None) -> int:
 
 
 if __name__ == "__main__":
+    importlib.import_module("posttrain.iterate")  # once, and not in every child
+    vars(importlib.import_module("posttrain.verdicts"))["TOGETHER"] = 3  # so that a file of verdicts is made in parts
+
     asked = json.loads(sys.argv[1])
     for place in asked["places"]:
         status = start(asked["words"], place)
