@@ -343,3 +343,15 @@ def test_mistakes(want: list[str], change: dict, message: str) -> None:
     arguments = {"head": policy(), "target": ids(), "ref": reference(), **change}
     with pytest.raises(ValueError, match=message):
         head_stats(arguments.pop("head"), want, **arguments)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("want", [["logp"], ["logp", "entropy"]])
+def test_no_tokens_under_a_head_of_log_probs(want: list[str], trained: bool) -> None:
+    """What a process without rows has."""
+    x, weight = torch.zeros(0, 5, requires_grad=True), torch.randn(70, 5, requires_grad=trained)
+    out = head_stats(Head(x, weight), want, target=torch.zeros(0, dtype=torch.int64))
+    assert all(out[name].shape == (0,) for name in want)
+    sum(out[name].sum() for name in want).backward()
+    assert x.grad.shape == (0, 5)
+    assert weight.grad is None if not trained else not weight.grad.any()

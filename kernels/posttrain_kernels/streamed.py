@@ -62,7 +62,7 @@ class Streamed:
         for (x, weight), total, work in zip(self.head.terms, self.sums, self.work, strict=True):
             if total is None:
                 continue
-            for first in range(0, len(target), len(work)):
+            for first in range(0, len(target), max(len(work), 1)):  # a process may have no tokens
                 rows = slice(first, min(first + len(work), len(target)))
                 r, likeliest, token = state.r[rows, None], state.argmax[rows], target[rows]
                 top, hit = 1 / (1 + r), (token == likeliest)[:, None]
