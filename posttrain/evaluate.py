@@ -30,8 +30,8 @@ from .models import Request, attach, load_model, load_tokenizer, model_inputs
 from .reference import FrozenModel
 from .rewards.build import reward as build_reward
 from .rewards.scorer import Scored
-from .sample import SampleRun, refuse_unsampled, sample
-from .schema import NonNegativeInt, PositiveInt, UserError, parse, suggest
+from .sample import SampleRun, full_key, refuse_unsampled, sample
+from .schema import NonNegativeInt, PositiveInt, UserError, parse
 from .selfcheck import choose_layout
 from .settings import DataConfig, EngineConfig, ModelConfig, RewardConfig, SamplingConfig, reward_values
 from .similarity import meteor_similarity
@@ -93,7 +93,7 @@ def load_eval_run(recipe: str | Path | None = None, overrides: Sequence[str] = (
         UserError: whatever is wrong with them, in one line.
     """
     written = read(recipe, SECTIONS, SHORT)
-    changes = {_full_key(key): value for key, value in map(split, overrides)}
+    changes = {full_key(key, SECTIONS, SHORT): value for key, value in map(split, overrides)}
     values = merge(written, changes)
     where = whence(recipe, written, changes)
     kinds = {"model": ModelConfig, "data": DataConfig, "engine": EngineConfig, "sampling": SamplingConfig}
@@ -110,17 +110,6 @@ def load_eval_run(recipe: str | Path | None = None, overrides: Sequence[str] = (
     for name in ("policy", "reference")[: 1 if run.reference is None else 2]:
         refuse_unsampled(_samples(run, name), where("engine"), "eval")
     return run
-
-
-def _full_key(key: str) -> str:
-    head = key.split(".")[0]
-    if head in SECTIONS:
-        return f"{key}.{SHORT[key]}" if key in SHORT else key
-    settings = [one.name for one in dataclasses.fields(SamplingConfig)]
-    if head in settings:
-        return f"sampling.{key}"
-    possible = [*SECTIONS, *settings]
-    raise UserError(f"unknown setting {key!r}{suggest(key, possible)} Possible: {', '.join(possible)}")
 
 
 def _samples(run: EvalRun, name: str) -> SampleRun:

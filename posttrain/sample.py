@@ -77,7 +77,7 @@ def load_sample_run(recipe: str | Path | None = None, overrides: Sequence[str] =
         UserError: whatever is wrong with them, in one line.
     """
     written = read(recipe, SECTIONS, SHORT)
-    changes = {_full_key(key): value for key, value in map(split, overrides)}
+    changes = {full_key(key, SECTIONS, SHORT): value for key, value in map(split, overrides)}
     values = merge(written, changes)
     where = whence(recipe, written, changes)
     kinds = {"model": ModelConfig, "data": DataConfig, "engine": EngineConfig, "sampling": SamplingConfig}
@@ -111,14 +111,24 @@ def refuse_unsampled(run: SampleRun, where: str, what: str = "sample") -> None:
             raise UserError(f"{what}: {message}; leave it out")
 
 
-def _full_key(key: str) -> str:
+def full_key(key: str, sections: Sequence[str], short: Mapping[str, str]) -> str:
+    """The dotted key that a flag stands for, where settings of `sampling` may stand without that word.
+
+    Args:
+        key: as written.
+        sections: the keys of the recipe.
+        short: sections that may be one word -> the setting it is.
+
+    Raises:
+        UserError: there is no such setting.
+    """
     head = key.split(".")[0]
-    if head in SECTIONS:
-        return f"{key}.{SHORT[key]}" if key in SHORT else key
+    if head in sections:
+        return f"{key}.{short[key]}" if key in short else key
     settings = [one.name for one in dataclasses.fields(SamplingConfig)]
     if head in settings:
         return f"sampling.{key}"
-    possible = [*SECTIONS, *settings]
+    possible = [*sections, *settings]
     raise UserError(f"unknown setting {key!r}{suggest(key, possible)} Possible: {', '.join(possible)}")
 
 
