@@ -141,7 +141,7 @@ def _open(
         | ({"source": Value("string")} if stored else {})
     )
     name = "/".join(part for part in (source.name, source.subset) if part) + f" ({split})"
-    tally = Tally(name, str(layout), layout.mapping, config.max_length, config.streaming)
+    tally = Tally(name, str(layout), layout.mapping, config.max_length, config.max_prompt, config.streaming)
     stop = {"too_long": config.too_long, "identical": config.identical, "empty": config.empty}
     stop = {outcome: setting for setting, policy in stop.items() if policy == "error" for outcome in _STOP[setting]}
     return Opened(raw, encode, features, tally, stop, where, sample)
@@ -247,7 +247,7 @@ def _stream(part: Opened, live: list[Tally]) -> IterableDataset:
     part.tally.require_some(part.where)
     first = about["outcome"].index(KEPT)
     part.illustrate({name: about[name][first] for name in part.row})
-    live.append(replace(part.tally, outcomes=type(part.tally.outcomes)(), marks=type(part.tally.marks)(), streaming=False))
+    live.append(replace(part.tally, outcomes=type(part.tally.outcomes)(), marks=type(part.tally.marks)(), long_prompts=0, streaming=False))
     return part.raw.map(
         _Kept(part, live[-1]),
         batched=True,

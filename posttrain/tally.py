@@ -38,6 +38,9 @@ class Tally:
     max_length: int
     """The limit on prompt + completion, in tokens."""
 
+    max_prompt: int | None = None
+    """The limit on the prompt, in tokens."""
+
     streaming: bool = False
     """Whether only the first rows of a stream are counted here."""
 
@@ -50,8 +53,11 @@ class Tally:
     lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """p50, p95 and maximum of each of `LENGTHS`, in tokens."""
 
-    suggested: int = 0
-    """A max_length that holds 98% of the rows."""
+    long_prompts: int = 0
+    """Rows whose prompt is longer than `max_prompt`."""
+
+    suggested: tuple[int, int] = (0, 0)
+    """A max_length and a max_prompt that hold 98% of the rows."""
 
     example: dict[str, str] = field(default_factory=dict)
     """The first row kept, as the model sees it: `prompt` and each role."""
@@ -75,15 +81,21 @@ class Tally:
         """Count rows."""
         self.outcomes.update(str(outcome) for outcome in columns["outcome"])
         self.marks.update({mark: int(sum(columns[mark])) for mark in MARKS})
+        if self.max_prompt is not None:
+            self.long_prompts += int(np.sum(np.asarray(columns["prompt_tokens"]) > self.max_prompt))
 
     def measure(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Take the lengths of rows."""
+        ample: dict[str, int] = {}
         for name in LENGTHS:
             values = np.asarray(columns[name])
             values = values[np.asarray(columns["tokens"]) > 0]
             if len(values):
-                self.lengths[name] = tuple(int(q) for q in np.quantile(values, [0.5, 0.95, 1], method="higher"))
-                self.suggested = 64 * -(-int(np.quantile(values, 0.98, method="higher")) // 64)
+                median, high, holding, most = (int(q) for q in np.quantile(values, [0.5, 0.95, 0.98, 1], method="higher"))
+                self.lengths[name] = median, high, most
+                ample[name] = 64 * -(-holding // 64)
+        if ample:
+            self.suggested = ample["tokens"], ample["prompt_tokens"]
 
     def require(
         self, stop: Mapping[str, str], where: str, columns: Mapping[str, Sequence[Any]], numbers: Sequence[int]
@@ -122,18 +134,22 @@ class Tally:
     def _hint(self, *outcomes: str) -> str:
         if not any("too long" in outcome for outcome in outcomes):
             return ""
-        return f" (data.max_length = {self.max_length}; {self.suggested} would hold 98% of them)"
+        return f" ({self._ample('max_prompt' if self.long_prompts else 'max_length')})"
+
+    def _ample(self, limit: str) -> str:
+        """A limit on lengths, and what would do."""
+        now, ample = (self.max_prompt, self.suggested[1]) if limit == "max_prompt" else (self.max_length, self.suggested[0])
+        return f"data.{limit} = {now}; {ample} would hold 98% of them"
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know before training."""
         found = []
         cut = self.marks["truncated"] + self.outcomes["too long"] + self.outcomes["completion too long"]
-        if cut > _HIGH * self.read:
-            found.append(
-                f"{self.name}: {cut} of {self.read} rows ({cut / self.read:.0%}) are longer than data.max_length ="
-                f" {self.max_length}; {self.suggested} would hold 98% of them"
-            )
+        for limit, long in {"max_prompt": self.long_prompts, "max_length": cut - self.long_prompts}.items():
+            if long > _HIGH * self.read:
+                which = f"{long} of {self.read} {'prompts' if limit == 'max_prompt' else 'rows'} ({long / self.read:.0%})"
+                found.append(f"{self.name}: {which} are longer than {self._ample(limit)}")
         others = self.read - self.kept - self.outcomes["too long"] - self.outcomes["completion too long"]
         if others > _HIGH * self.read:
             found.append(f"{self.name}: {others} of {self.read} rows ({others / self.read:.0%}) are left out, not for length")

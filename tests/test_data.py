@@ -240,6 +240,9 @@ def test_too_long_is_dropped_cut_or_refused_and_counted(write: Write, plain_toke
     assert cut.report.train[0].outcomes == {"kept": 2, "completion too long": 1} and cut.report.train[0].marks["truncated"] == 1
     short = read(plain_tokenizer, name=path, max_prompt=3, too_long="truncate_prompt")
     assert texts(short, plain_tokenizer)[0] == ("<s>gh", "xyz</s>", "x</s>")
+    assert short.report.warnings == [
+        f"{path} (train): 1 of 3 prompts (33%) are longer than data.max_prompt = 3; 64 would hold 98% of them"
+    ]
     assert "2 of 3 rows: too long, the first is row 1 with 12 tokens" in refused(
         plain_tokenizer, name=path, max_length=11, too_long="error"
     )
