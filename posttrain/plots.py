@@ -53,7 +53,7 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
     found = {str(folder): points(folder) for folder in folders}
     x = x or next((name for name in KLS if all(_with(logs, name) for logs in found.values())), KLS[0])
     figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-    axes, drawn = figure.add_subplot(), {}
+    axes, right, drawn = figure.add_subplot(), None, {}
     for number, (folder, logs) in enumerate(found.items()):
         kept = _with(logs, x, y)
         if not kept:
@@ -61,8 +61,11 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
         drawn[folder], color = len(kept), f"C{number}"
         axes.plot([log[x] for log in kept], [log[y] for log in kept], ".-", color=color, label=Path(folder).name)
         more = _with(kept, HELDOUT) if y == "reward" else []
-        axes.plot([log[x] for log in more], [log[HELDOUT] for log in more], ".--", color=color, alpha=0.6)
-    axes.set(xlabel=f"{x} (nats)" if x in KLS else x, ylabel=f"{y} (dashed: held out)" if y == "reward" else y)
+        if more:  # on an axis of its own: another scorer has another scale
+            right = right or axes.twinx()
+            right.plot([log[x] for log in more], [log[HELDOUT] for log in more], ".--", color=color, alpha=0.6)
+            right.set_ylabel("held-out reward (dashed)")
+    axes.set(xlabel=f"{x} (nats)" if x in KLS else x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend()
     Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -247,7 +248,7 @@ def _stream(part: Opened, live: list[Tally]) -> IterableDataset:
     part.tally.require_some(part.where)
     first = about["outcome"].index(KEPT)
     part.illustrate({name: about[name][first] for name in part.row})
-    live.append(replace(part.tally, outcomes=type(part.tally.outcomes)(), marks=type(part.tally.marks)(), long_prompts=0, streaming=False))
+    live.append(replace(part.tally, outcomes=Counter(), marks=Counter(), long_prompts=0, streaming=False))
     return part.raw.map(
         _Kept(part, live[-1]),
         batched=True,
