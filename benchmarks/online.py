@@ -4,9 +4,9 @@
         [--vllm-python <python with vllm>] [--output runs/online]
 
 Rows of the data have a column `text`, whose last 16 tokens are the prompt. Each run is a command of `posttrain` in a process
-of its own, on the first 2000 rows; then `posttrain eval` takes 4 completions for each of the last 100 rows, which no run has seen,
-and compares them with those of the model that the run started from. The reward is VADER's sentiment in [-1, 1]. What is there
-already is not run again. Prints the table, and draws reward against KL into the output folder.
+of its own, on the first 2000 rows; then `posttrain eval` takes 4 completions for each of the last 100 rows, which no run has
+seen, and compares them with those of the model that the run started from. The reward is VADER's sentiment in [-1, 1]. What is
+there already is not run again. Prints the table, and draws reward against KL into the output folder.
 """
 
 from __future__ import annotations
