@@ -21,14 +21,14 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def isolated(module: str, job: Any) -> dict[str, Any]:
-    """What `module.one(job)` returns, computed in a fresh process.
+    """What `module.one(job)` returns, computed in a fresh process, of the interpreter in the job's `python` if it has one.
 
     Raises:
         SystemExit: the process failed; its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "result.json")
-        command = [sys.executable, "-m", "benchmarks.isolated", module, json.dumps(job), str(answer)]
+        command = [job.get("python", sys.executable), "-m", "benchmarks.isolated", module, json.dumps(job), str(answer)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{module} {json.dumps(job)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
