@@ -37,6 +37,7 @@ SENTIMENT = ["train", "recipes/rlhf/smollm2-135m-sentiment.yaml"]
 
 SUPERHF = [
     "train", "recipes/superhf/local.yaml", *PROMPTS, "reward=vader", "sampling.max_new_tokens=24", "train.max_steps=60",
+    "train.per_device_train_batch_size=4",
 ]  # fmt: skip
 
 INPO = [
