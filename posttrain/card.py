@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from . import __version__
 from .recipe import Run
+from .replacing import replacing
 from .tally import Report
 
 _VERSIONS = ("torch", "transformers", "accelerate", "peft", "datasets")
@@ -46,7 +47,8 @@ def write(
         metrics: what training and evaluation returned.
         compared: which reference or teacher was read, in words.
     """
-    Path(args.output_dir, "README.md").write_text(text(run, report, args, metrics, compared=compared), encoding="utf-8")
+    with replacing(Path(args.output_dir, "README.md")) as partial:
+        partial.write_text(text(run, report, args, metrics, compared=compared), encoding="utf-8")
 
 
 def text(run: Run, report: Report, args: TrainingArguments, metrics: Mapping[str, Any], *, compared: Mapping[str, str]) -> str:

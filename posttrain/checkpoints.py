@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .recipe import Run
 from .records import difference
+from .replacing import replacing
 from .schema import UserError
 
 log = logging.getLogger(__name__)
@@ -145,9 +146,8 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": digest}
         for path, digest in zip(files, _digests(files), strict=True)
     }
-    beside = folder / f".{MANIFEST}.partial"
-    beside.write_text(json.dumps({**facts, "files": entries}, indent=1), encoding="utf-8")
-    os.replace(beside, folder / MANIFEST)
+    with replacing(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps({**facts, "files": entries}, indent=1), encoding="utf-8")
 
 
 def refuse_other_processes(folder: Path, args: TrainingArguments) -> None:

@@ -28,6 +28,7 @@ from . import console, data
 from .frontier import distinct, mean_and_error, wins
 from .models import Request, attach, load_model, load_tokenizer, model_inputs
 from .reference import FrozenModel
+from .replacing import replacing
 from .rewards.build import reward as build_reward
 from .rewards.scorer import Scored
 from .sample import SampleRun, full_key, refuse_unsampled, sample
@@ -155,7 +156,8 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         "errors": {name: None if error != error else error for name, (_, error) in metrics.items()},
     }
     path = Path(run.output, FILE)
-    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     _show(told, path)
     return told
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .evaluate import FILE
 from .records import METRICS, read_metrics
+from .replacing import replacing
 from .schema import UserError, suggest
 
 KLS = ("kl/analytic", "kl/sampled", "rollouts/kl", "kl")
@@ -68,8 +69,9 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
     axes.set(xlabel=f"{x} (nats)" if x in KLS else x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    path = Path(output) if Path(output).suffix else Path(f"{output}.png")
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:])
     return drawn
 
 

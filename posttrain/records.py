@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from .recipe import Run
+from .replacing import replacing
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -58,14 +58,12 @@ class Records(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN).write_text(self.text, encoding="utf-8")
+        self._write(folder)
         path = folder / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and state.global_step else []
         kept = [line for line in lines if _precedes(line, state.global_step)]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
+        with replacing(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """One line: the step, the epoch, and what was logged."""
@@ -79,7 +77,11 @@ class Records(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """The resolved run goes into the checkpoint."""
         if state.is_world_process_zero:
-            Path(args.output_dir, f"checkpoint-{state.global_step}", RUN).write_text(self.text, encoding="utf-8")
+            self._write(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def _write(self, folder: Path) -> None:
+        with replacing(folder / RUN) as partial:
+            partial.write_text(self.text, encoding="utf-8")
 
 
 def _precedes(line: str, step: int) -> bool:

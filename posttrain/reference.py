@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from .inside import name
 from .models import Request, causal_lm, evaluating, head_of, model_inputs
 from .registry import Objective
+from .replacing import replacing
 from .schema import UserError
 from .stats import Activations
 from .trees import Batch, Layout, TreeCollator
@@ -308,17 +308,14 @@ def _cut(logps: np.ndarray, rows: Sequence[dict[str, Any]], roles: Sequence[str]
 
 
 def _write_shard(folder: Path, entries: list[tuple[bytes, np.ndarray]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = uuid.uuid4().hex
-    beside = folder / f".{name}.partial"
     tensors = {
         "keys": np.frombuffer(b"".join(key for key, _ in entries), dtype=np.uint8).reshape(-1, 16),
         "lengths": np.array([len(values) for _, values in entries], dtype=np.int64),
         "logps": np.concatenate([values for _, values in entries]).astype(np.float32),
     }
     digest = hashlib.blake2b(tensors["logps"].tobytes()).hexdigest()
-    save_file(tensors, beside, metadata={"version": _VERSION, "blake2b": digest})
-    os.replace(beside, folder / f"{name}.safetensors")
+    with replacing(folder / f"{uuid.uuid4().hex}.safetensors") as partial:
+        save_file(tensors, partial, metadata={"version": _VERSION, "blake2b": digest})
 
 
 def _read_shard(path: Path) -> Iterator[tuple[bytes, np.ndarray]]:

@@ -9,7 +9,6 @@ Letters in shape comments: P prompts of a process in a round, G completions each
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from .conversations import Text
 from .engines.rollout import Rollout
+from .replacing import replacing
 from .schema import UserError
 
 _TOKEN = "token."
@@ -170,10 +170,9 @@ def load_rollouts(path: Path, version: int) -> list[Rollout] | None:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
-    beside = path.with_name(f".{path.name}.partial")
     whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # no two share memory
-    save_file(whole, beside, metadata={name: str(number) for name, number in numbers.items()})
-    os.replace(beside, path)
+    with replacing(path) as partial:
+        save_file(whole, partial, metadata={name: str(number) for name, number in numbers.items()})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from transformers import PreTrainedModel
 
 from .models import causal_lm
 from .reference import sequence_key
+from .replacing import replacing
 from .schema import UserError
 
 _VERSION, _MARK = "1", "posttrain teacher"
@@ -168,8 +168,8 @@ class CachedTeacher:
     def keep(self, answers: Iterable[Sequence[tuple[bytes, Entry]]]) -> Iterator[int]:
         """Write (key, entry) as they come, shard by shard; yields how many came so far.
 
-        A shard is written beside and renamed, so a killed process loses the unfinished one only (of which a `.partial` may stay
-        that nobody reads); where an answer fails, what came before it is written, too.
+        A shard is written beside and renamed, so a killed process loses the unfinished one only; where an answer fails, what
+        came before it is written, too.
         """
         shard: dict[bytes, Entry] = {}
         tokens = done = 0
@@ -190,7 +190,6 @@ class CachedTeacher:
         return np.dtype(np.uint16 if self.size <= 2**16 else np.int32)
 
     def _write(self, entries: dict[bytes, Entry]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         values = [self._stored(entry) for entry in entries.values()]
         tensors = {name: np.concatenate([one[name] for one in values]) for name in _VALUES} | {
             "keys": np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, 16),
@@ -198,9 +197,8 @@ class CachedTeacher:
             "sums": np.array([_sum(one) for one in values], dtype=np.uint32),
         }
         name = hashlib.blake2b(tensors["keys"].tobytes(), digest_size=12).hexdigest()
-        beside = self.folder / f".{name}.{os.getpid()}.partial"
-        save_file(tensors, beside, metadata={_MARK: f"{_VERSION} {_digest(tensors)}"})
-        os.replace(beside, self.folder / f"{name}.safetensors")
+        with replacing(self.folder / f"{name}.safetensors") as partial:
+            save_file(tensors, partial, metadata={_MARK: f"{_VERSION} {_digest(tensors)}"})
 
     def _stored(self, entry: Entry) -> dict[str, np.ndarray]:
         assert entry.ids.shape == entry.logps.shape == (len(entry.own), self.k), "an entry of another shape"

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from .engines.rollout import Rollout
+from .replacing import replacing
 from .rewards.scorer import Scored
 from .rounds import Asked
 
@@ -39,10 +40,8 @@ class Transcript(TrainerCallback):
             return
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() and state.global_step else []
         kept = [line for line in lines if _step(line) < state.global_step]
-        beside = self.path.with_suffix(".partial")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(b"".join(kept))
-        os.replace(beside, self.path)
+        with replacing(self.path) as partial:
+            partial.write_bytes(b"".join(kept))
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add the lines of a round; they are on the disk when this returns."""

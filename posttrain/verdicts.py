@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversations import Text
+from .replacing import replacing
 from .rewards.scorer import Preference, Reward, Row, Scored
 from .schema import UserError
 from .selection import Match, Verdict, by_score, everyone, settle, tournament, won
@@ -139,13 +140,8 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """Write a file of JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _whole(path: Path) -> int:

@@ -40,7 +40,7 @@ LAYERS = [
     {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "selection", "advantages", "importance", "kl", "token_weights", "masks", "risk", "nested"},
-    {"stats", "scores", "experience", "registry", "schema", "leave", "best_of_n", "frontier", "similarity"},
+    {"stats", "scores", "experience", "registry", "schema", "replacing", "leave", "best_of_n", "frontier", "similarity"},
 ]
 """Modules of posttrain from the top down. A module imports from its own layer or a lower one, never in a circle."""
 
