@@ -239,12 +239,15 @@ def sample(words: tuple[str, ...]) -> None:
     posttrain sample --model FOLDER --data prompts.jsonl --n 4 --max_new_tokens 64 --output samples.jsonl
     """
     recipe, overrides = read_words(words)
+    from .faults import writing
     from .run import quiet_libraries
     from .sample import load_sample_run
     from .sample import sample as fill
 
     quiet_libraries()
-    fill(load_sample_run(recipe, overrides))
+    run = load_sample_run(recipe, overrides)
+    with writing(Path(run.output), "output"):
+        fill(run)
 
 
 @main.command("eval", cls=SampleCommand, context_settings=_TAKES_A_RUN)
@@ -257,10 +260,13 @@ def evaluate(words: tuple[str, ...]) -> None:
     recipe, overrides = read_words(words)
     from .evaluate import evaluate as measure
     from .evaluate import load_eval_run
+    from .faults import writing
     from .run import quiet_libraries
 
     quiet_libraries()
-    measure(load_eval_run(recipe, overrides))
+    run = load_eval_run(recipe, overrides)
+    with writing(Path(run.output), "output"):
+        measure(run)
 
 
 @main.command()

@@ -32,7 +32,7 @@ log = logging.getLogger("posttrain")
 Policy = Literal["stop", "skip", "go_on"]
 """stop: end the run, with the batch saved for inspection; skip: leave the step out; go_on: do not look."""
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 class NonFinite(TrainerCallback):
@@ -112,8 +112,12 @@ class NonFinite(TrainerCallback):
 
 
 @contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk makes of writing into one line.
+def writing(output: Path, setting: str = "train.output_dir") -> Iterator[None]:
+    """Turn what a full or read-only disk makes of writing into one line; files elsewhere are another's business.
+
+    Args:
+        output: the file or folder that is written.
+        setting: what names it.
 
     Raises:
         UserError: it could not be written; says why.
@@ -121,11 +125,13 @@ def writing(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = refused(error)
-        if reason is None:
+        named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else output
+        reason, place, named = refused(error), output.absolute(), Path(named).absolute()
+        if reason is None or not (named in place.parents or named.is_relative_to(place.parent)):
             raise
+        above = f"{named}: " if named in place.parents else ""
         raise UserError(
-            f"train.output_dir: {output} cannot be written: {reason}; what was complete there still is, and the same command "
+            f"{setting}: {output} cannot be written: {above}{reason}; what was complete there still is, and the same command "
             "continues from it"
         ) from None
 

@@ -45,7 +45,7 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
         How many points each folder has.
 
     Raises:
-        UserError: matplotlib is not installed; or a folder lacks a metric.
+        UserError: matplotlib is not installed; a folder lacks a metric; or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -70,8 +70,11 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(output) if Path(output).suffix else Path(f"{output}.png")
-    with replacing(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:])
+    try:
+        with replacing(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:])
+    except (OSError, ValueError) as error:  # the latter: a format that it cannot draw
+        raise UserError(f"plot: {path} cannot be written: {error}") from None
     return drawn
 
 

@@ -145,16 +145,14 @@ def execute(run: Run) -> Prepared:
             console.console().print(f"continued from {prepared.checkpoint}")
     with writing(Path(args.output_dir)):
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
-    if prepared.checkpoints.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}; the same command continues from the checkpoint there")
-    final = _final_evaluation(prepared)
-    trainer.release()
-    with writing(Path(args.output_dir)):
+        if prepared.checkpoints.stopped:
+            raise Stopped(f"stopped at step {trainer.state.global_step}; the same command continues from the checkpoint there")
+        metrics = {**result.metrics, **_final_evaluation(prepared)}
+        trainer.release()
         export(prepared)
+        if args.process_index == 0:
+            card.write(run, prepared.data.report, args, metrics, compared=compared(run) | trainers.describe(run))
     if args.process_index == 0:
-        card.write(
-            run, prepared.data.report, args, {**result.metrics, **final}, compared=compared(run) | trainers.describe(run)
-        )
         _upload(prepared)
         console.show(_closing(prepared), title="saved")
         prepared.lock.release()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from soak import prepare
 
 from posttrain.checkpoints import checkpoints, defect, newest
 from posttrain.cli import main
-from posttrain.faults import refused
+from posttrain.faults import refused, writing
 from posttrain.records import read_metrics
 
 STEPS = 4
@@ -36,6 +38,13 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def invoke(words: list[str]) -> Result:
     return CliRunner().invoke(main, words)
+
+
+def alone(words: list[str], before: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which `before` is called first."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, environment = [sys.executable, "-m", "posttrain", *words], {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=before)
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -88,24 +97,73 @@ def test_what_a_disk_says() -> None:
     assert [refused(error) for error in others] == [None] * 3
 
 
+@pytest.mark.parametrize(("folder", "reason"), [("{tmp}/file/out", "Not a directory"), ("/sys/out", ""), ("/proc/out", "")])
+def test_a_folder_that_cannot_be_made(words: list[str], tmp_path: Path, folder: str, reason: str) -> None:
+    """Before anything is read; what the kernel says of /sys and /proc depends on how they are mounted."""
+    (tmp_path / "file").write_text("text")
+    folder = folder.format(tmp=tmp_path)
+    result = invoke([*words, f"train.output_dir={folder}"])
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith(
+        f"posttrain: error: train.output_dir: {folder} cannot be written: {reason}"
+    )
+    assert not line.endswith(": ") and (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "reason"),
+    [("sample", "file/x.jsonl", "{tmp}/file: File exists"), ("eval", "file/out", "Not a directory")],
+)
+def test_samples_that_cannot_be_written(words: list[str], tmp_path: Path, command: str, output: str, reason: str) -> None:
+    (tmp_path / "file").write_text("text")
+    given = [word for word in words if word.startswith(("model=", "data"))]
+    more = ["reward=length"] if command == "eval" else []
+    result = invoke([command, *given, *more, "max_new_tokens=2", f"output={tmp_path / output}"])
+    says = f"posttrain: error: output: {tmp_path / output} cannot be written: {reason.format(tmp=tmp_path)}; what was complete"
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(says)
+
+
+def test_files_elsewhere_are_not_the_output(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError), writing(tmp_path / "runs" / "out"):
+        (Path(__file__) / "rows.jsonl").read_text()
+
+
+def bind_root() -> None:
+    """Permissions bind root as they bind everybody, from the next program on; others have nothing to give up."""
+    drop_from_bounding_set, override_permissions = 24, 1
+    ctypes.CDLL(None).prctl(drop_from_bounding_set, override_permissions, 0, 0, 0)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_folder_that_was_made_read_only(words: list[str], tmp_path: Path, locked: bool) -> None:
+    """Its checkpoints are as they were; once it may be written to, the same command continues."""
+    out, again = tmp_path / "out", [*words, "objective.at=9", "train.resume_from_checkpoint=true"]
+    assert invoke([*words, "objective.at=9", "train.max_steps=2"]).exit_code == 0
+    folders = [out, *(path for path in out.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    (out / ".lock").chmod(0o444 if locked else 0o644)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    got = alone(again, bind_root)
+    assert got.returncode == 2 and "Traceback" not in got.stderr, got.stderr
+    assert f"posttrain: error: train.output_dir: {out} cannot be written: Permission denied" in got.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    for folder in folders:
+        folder.chmod(0o755)
+    (out / ".lock").chmod(0o644)
+    assert newest(out) == out / "checkpoint-2" and defect(out / "checkpoint-2") == ""
+    assert invoke(again).exit_code == 0 and newest(out) == out / "checkpoint-4"
+
+
 @pytest.mark.multi
 @pytest.mark.parametrize("limit", [2_000, 60_000, 200_000])
 def test_a_checkpoint_that_does_not_fit_costs_nothing(words: list[str], tmp_path: Path, limit: int) -> None:
     """Files may be no larger than so many bytes, as on a disk that fills up: one line, and the last checkpoint is whole."""
-    out, command = tmp_path / "out", [sys.executable, "-m", "posttrain", *words, "objective.at=9"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    first = subprocess.run([*command, "train.max_steps=2"], capture_output=True, text=True, env=environment)
-    assert first.returncode == 0, first.stderr
-    again = [*command, "train.max_steps=4", "train.resume_from_checkpoint=true"]
-    full = subprocess.run(
-        again,
-        capture_output=True,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    out, again = tmp_path / "out", [*words, "objective.at=9", "train.resume_from_checkpoint=true"]
+    assert invoke([*words, "objective.at=9", "train.max_steps=2"]).exit_code == 0
+    full = alone(again, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert full.returncode == 2 and "cannot be written" in full.stderr and "Traceback" not in full.stderr, full.stderr
     assert newest(out) == out / "checkpoint-2" and defect(out / "checkpoint-2") == ""
-    done = subprocess.run(again, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert invoke(again).exit_code == 0
     assert [folder.name for folder in checkpoints(out)] == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]

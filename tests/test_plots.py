@@ -52,3 +52,7 @@ def test_draws_a_png(folders: list[Path], tmp_path: Path) -> None:
         plot(folders, path, y="entropy")
     with pytest.raises(UserError, match="has no kl/analytic"):
         plot(folders, path, x="kl/analytic")
+    for wrong, says in ((path / "x.png", "File exists"), (path.with_suffix(".doc"), "Format 'doc' is not supported")):
+        with pytest.raises(UserError, match=rf"plot: .*{wrong.name} cannot be written: .*{says}"):
+            plot(folders, wrong)
+    assert path.read_bytes() == content and [one.name for one in path.parent.iterdir()] == ["frontier.png"]
