@@ -125,8 +125,9 @@ def main() -> None:
     folder = Path(options.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lines = Path(options.data).read_text(encoding="utf-8").splitlines(keepends=True)
-    Path(folder, "train.jsonl").write_text("".join(lines[:TRAIN]), encoding="utf-8")
-    Path(folder, "held-out.jsonl").write_text("".join(lines[-HELD_OUT:]), encoding="utf-8")
+    for name, some in {"train": lines[:TRAIN], "held-out": lines[-HELD_OUT:]}.items():
+        if not Path(folder, f"{name}.jsonl").is_file():
+            Path(folder, f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
     results = {"start": (evaluate(Path(options.model), options, folder, "start"), {})}
     for name in options.runs:
         model = run(name, options, folder)
