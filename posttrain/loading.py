@@ -1,7 +1,8 @@
 """An epoch dealt to the processes of a run: every row once, to each process as many batches as to the others.
 
 Where rows run out, fillers (None) complete the batches, and the collator leaves them out again. So a batch may have fewer rows
-than the others, or none; a process that gets one still takes part in everything that the processes do together.
+than the others, or none; a process that gets one still takes part in everything that the processes do together. Which process gets
+which rows of an optimizer step is free; balance.py chooses by length.
 """
 
 from __future__ import annotations
@@ -32,20 +33,53 @@ class Filled(Dataset):
         return None if number is None else self.rows[number]
 
 
-class EvenBatches(BatchSampler):
-    """Batches of the numbers that a sampler gives, filled up to whole ones, and their number to a multiple of the processes."""
+Deal = Callable[[Sequence[int], int, int], list[list[int]]]
+"""(rows of a step, rows of a batch, processes) -> batches, turn after turn one for each process; the last ones may lack."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, processes: int) -> None:
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.processes = processes
+
+def by_position(rows: Sequence[int], batch_size: int, processes: int) -> list[list[int]]:
+    """Rows as they come, cut into batches."""
+    return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+class EvenBatches(BatchSampler):
+    """Batches of the numbers that a sampler gives, filled up to whole ones, and their number to a multiple of the processes.
+
+    Args:
+        sampler: gives the numbers.
+        batch_size: numbers of a batch.
+        processes: how many take batches in turn.
+        accumulation: batches of a step, on each process.
+        drop_last: leave out what does not fill a batch of every process.
+        deal: shares the numbers of a step out.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        processes: int,
+        *,
+        accumulation: int = 1,
+        drop_last: bool = False,
+        deal: Deal = by_position,
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.processes, self.accumulation, self.deal = processes, accumulation, deal
 
     def __len__(self) -> int:
-        return -(-super().__len__() // self.processes) * self.processes
+        whole = self.batch_size * self.processes
+        turns = len(self.sampler) // whole if self.drop_last else -(-len(self.sampler) // whole)
+        return turns * self.processes
 
     def __iter__(self) -> Iterator[list[int | None]]:
-        for batch in super().__iter__():
-            yield [*batch, *[None] * (self.batch_size - len(batch))]
-        yield from [[None] * self.batch_size for _ in range(len(self) - super().__len__())]
+        numbers, whole = list(self.sampler), self.batch_size * self.processes
+        if self.drop_last:
+            numbers = numbers[: len(numbers) // whole * whole]
+        for start in range(0, len(numbers), self.accumulation * whole):
+            batches = self.deal(numbers[start : start + self.accumulation * whole], self.batch_size, self.processes)
+            batches += [[] for _ in range(-len(batches) % self.processes)]
+            yield from ([*batch, *[None] * (self.batch_size - len(batch))] for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -164,6 +198,7 @@ def loader(
     *,
     training: bool,
     plan: Plan | None = None,
+    deal: Deal = by_position,
 ) -> DataLoader:
     """The batches of this process, on its device.
 
@@ -174,6 +209,7 @@ def loader(
         accelerator: knows the processes.
         training: in the order of `train_sampling_strategy`, with `dataloader_drop_last`; else in that of the rows, all of them.
         plan: deal the rows by rounds.
+        deal: shares the rows of each optimizer step out, where they are a table that is trained on without a plan.
     """
     size = args.train_batch_size if training else args.eval_batch_size
     drop_last = training and args.dataloader_drop_last
@@ -201,8 +237,9 @@ def loader(
     sampler = RandomSampler(table) if shuffled else SequentialSampler(table)
     if plan is not None:
         batches = Rounds(sampler, plan)
-    elif drop_last:
-        batches = BatchSampler(sampler, size, drop_last=True)
+    elif training:
+        more = {"accumulation": args.gradient_accumulation_steps, "drop_last": drop_last, "deal": deal}
+        batches = EvenBatches(sampler, size, accelerator.num_processes, **more)
     else:
         batches = EvenBatches(sampler, size, accelerator.num_processes)
     return accelerator.prepare_data_loader(DataLoader(table, batch_sampler=batches, **settings))

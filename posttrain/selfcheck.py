@@ -50,6 +50,9 @@ class SelfCheck(TrainerCallback):
                 theirs = rows if retold is None else [retold.row(row) for row in rows]
                 layout, beside = choose_layout(teacher, theirs, trainer.roles, _at_most(layout, trainer.layout), trainer.impl)
                 error = max(error, beside)
+            separate = torch.tensor([float(layout == "separate")], device=args.device)
+            if trainer.accelerator.reduce(separate, "sum").item():  # rows are dealt by it, which all have to do alike
+                layout = "separate"
             trainer.data_collator.layout = layout
             found = {"scores": f"within {error:.1e} of the model's own"} if scores else {}
             self.report = {"layout": layout, **(found or {"log-probs": f"within {error:.1e} nats of the model's own logits"})}

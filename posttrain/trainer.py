@@ -17,16 +17,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import context, learned
+from .balance import ByLength, tokens_of
 from .experience import token_columns_of
 from .faults import NonFinite, Policy
 from .foreign import Foreign, Retold
 from .inside import refuse_unknown
-from .loading import loader
+from .loading import by_position, loader
 from .meter import Meter
 from .mismatch import early_roles
 from .models import Request, by_reference, causal_lm, evaluating, model_inputs
@@ -242,8 +243,12 @@ class Trainer(transformers.Trainer):
         return {name: tensor.to(self.args.device) for name, tensor in self.data_collator([]).items()}
 
     def get_train_dataloader(self) -> DataLoader:
-        """Every row of an epoch once, over all processes; see loading.py."""
-        return loader(self.train_dataset, self.data_collator, self.args, self.accelerator, training=True)
+        """Every row of an epoch once, over all processes, those of a table shared out by length; see loading.py."""
+        rows, deal = self.train_dataset, by_position
+        several = self.accelerator.num_processes * self.args.gradient_accumulation_steps > 1
+        if several and not isinstance(rows, IterableDataset):
+            deal = ByLength(tokens_of(rows, self.roles), self.data_collator)
+        return loader(rows, self.data_collator, self.args, self.accelerator, training=True, deal=deal)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every row to evaluate on once, over all processes; `eval_dataset` as inherited."""

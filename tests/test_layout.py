@@ -37,7 +37,7 @@ LAYERS = [
     {"scoring"},
     {"models", "data"},
     {"loading", "rows", "encoding", "layouts", "conversations", "sources", "tally"},
-    {"corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
+    {"balance", "corrections", "trees", "meter", "mismatch", "recipe", "context", "vocabulary", "costs", "inside"},
     {"objectives", "settings", "shipped", "arguments", "written"},
     {"divergences", "selection", "advantages", "importance", "kl", "token_weights", "masks", "risk", "nested"},
     {"stats", "scores", "experience", "registry", "schema", "replacing", "leave", "best_of_n", "frontier", "similarity"},
