@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import isolated, material, step
+from benchmarks import balance, isolated, material, step
 from benchmarks.kernel import Peak
 
 
@@ -47,3 +48,12 @@ def test_the_peak_is_what_a_call_adds_each_time() -> None:
         with Peak("cpu") as peak:
             torch.ones(4 << 20)  # 16 MiB, freed at once
         assert 15 << 20 < peak.bytes < 24 << 20
+
+
+def test_what_the_most_loaded_process_computes() -> None:
+    assert balance.filled(np.array([[3, 5], [9, 2], [4, 4]]), [0, 2]) == 5 * 2 * 2
+    rows = np.array([[4]] * 4 + [[2]] * 4)
+    assert balance.shares(rows, "tree", True, processes=2, batch=4, accumulation=1) == pytest.approx([1])
+    assert balance.least(rows, processes=8, batch=1, accumulation=1) == pytest.approx(4 / 3)
+    same = np.full((8, 2), 3)
+    assert balance.shares(same, "separate", False, processes=2, batch=1, accumulation=2) == pytest.approx([1, 1])
