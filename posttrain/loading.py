@@ -1,8 +1,8 @@
 """An epoch dealt to the processes of a run: every row once, to each process as many batches as to the others.
 
 Where rows run out, fillers (None) complete the batches, and the collator leaves them out again. So a batch may have fewer rows
-than the others, or none; a process that gets one still takes part in everything that the processes do together. Which process gets
-which rows of an optimizer step is free; balance.py chooses by length.
+than the others, or none; a process that gets one still takes part in everything that the processes do together. Who gets which
+rows of an optimizer step is free; balance.py chooses by length.
 """
 
 from __future__ import annotations
