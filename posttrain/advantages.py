@@ -68,7 +68,7 @@ def grpo(scores: torch.Tensor, group: int, eps: float = 1e-4) -> torch.Tensor:
 def opo(scores: torch.Tensor, group: int, lengths: torch.Tensor) -> torch.Tensor:
     """[B] the score minus the mean of its group weighted by length, the baseline of least variance under its assumptions."""
     rows, size = grouped(scores, group), grouped(lengths, group)
-    return (rows - (rows * size).sum(1, keepdim=True) / size.sum(1, keepdim=True)).flatten()
+    return (rows - (rows * size).sum(1, keepdim=True) / size.sum(1, keepdim=True).clamp(min=1)).flatten()
 
 
 def qae(

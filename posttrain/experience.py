@@ -71,13 +71,13 @@ class Experience:
     """[B] what the reward says of each completion."""
 
     lengths: torch.Tensor
-    """[B] tokens of each completion, at least 1; sums to N."""
+    """[B] tokens of each completion, 0 where a stop string came first; sums to N."""
 
     group: int
     """G; the completions of one prompt stand together."""
 
     finished: torch.Tensor
-    """[B] bool, whether it came to its end token, and not to the limit of tokens."""
+    """[B] bool, whether it came to its end, and not to the limit of tokens."""
 
     old_logps: torch.Tensor
     """[N] the trainer's log-probs."""

@@ -78,17 +78,18 @@ class OnlineTrainer(Trainer):
         with self._teaching() if writer == "teacher" else contextlib.nullcontext():
             engine = self._sampler(writer)
             engine.sync(self.state.global_step)
-            completions = [rollout.completion for rollout in engine.generate(prompts, seeds=seeds)]
+            rollouts = engine.generate(prompts, seeds=seeds)
+        completions, ended = [one.completion for one in rollouts], [float(one.finished) for one in rollouts]
         for turn in range(self.rollouts.corrections if writer == "student" else 0):
             completions = self._corrected(prompts, completions, [derived(seed, turn) for seed in seeds])
-        ended = [float(cut(completion, self.ends)[1]) for completion in completions]
+            ended = [float(cut(completion, self.ends)[1]) for completion in completions]
         lengths = [float(len(completion)) for completion in completions]
         self.meter.add({"rollouts/ended": torch.tensor(ended), "rollouts/length": torch.tensor(lengths)})
         return self._laid(prompts, completions)
 
     def _laid(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> dict[str, Tensor]:
         (role,) = self.roles
-        rows = [{"prompt": prompt, role: [one]} for prompt, one in zip(prompts, completions, strict=True)]
+        rows = [{"prompt": prompt, role: [one]} for prompt, one in zip(prompts, completions, strict=True) if one]
         return {name: tensor.to(self.args.device) for name, tensor in self.data_collator(rows).items()}
 
     def _sampler(self, writer: Writer) -> Engine:
@@ -99,7 +100,8 @@ class OnlineTrainer(Trainer):
             else:
                 teacher = self.reference.members[0]
                 model = teacher.model if isinstance(teacher, FrozenModel) else self.model_wrapped
-                self._engines[writer] = HFEngine(model, self.sampling, ends=self.ends, pad=self.pad)
+                more = {"ends": self.ends, "pad": self.pad, "tokenizer": self.processing_class}
+                self._engines[writer] = HFEngine(model, self.sampling, **more)
         return self._engines[writer]
 
     def release(self) -> None:

@@ -302,6 +302,8 @@ def _refuse_rollouts(run: Run) -> None:
         raise UserError(f"rollouts: {method.name} compares completions of the data; methods of distillation take rollouts")
     if wrong := [name for name in given if name not in OF_DISTILLATION]:
         raise UserError(f"rollouts.{wrong[0]} is for online methods and would be ignored by {method.name}; leave it out")
+    if run.rollouts.corrections and run.sampling.stop:
+        raise UserError("sampling: stop would be looked for in what follows a correction alone; leave rollouts.corrections out")
     _refuse_file(run)
 
 

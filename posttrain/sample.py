@@ -25,6 +25,7 @@ from .conversations import Text
 from .engines.build import build, refuse
 from .engines.rollout import Engine, Rollout, derived, text_of, truncation_warning
 from .models import load_model, load_tokenizer
+from .records import first_difference
 from .schema import PositiveInt, UserError, parse, suggest
 from .settings import DataConfig, EngineConfig, ModelConfig, SamplingConfig
 from .written import merge, read, section, split, whence
@@ -192,8 +193,8 @@ def resume(run: SampleRun) -> list[list[int]]:
             f"output: {path} is there and {beside} is not, so posttrain sample did not write it; choose another file"
         )
     theirs = json.loads(beside.read_text(encoding="utf-8"))
-    if theirs != ours:
-        raise UserError(f"output: {path} is another run's: {_difference(theirs, ours)}; choose another file, or delete it")
+    if other := first_difference(theirs, ours, ""):
+        raise UserError(f"output: {path} is another run's: {other.lstrip('.')}; choose another file, or delete it")
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     prompts = []
@@ -209,16 +210,6 @@ def resume(run: SampleRun) -> list[list[int]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return prompts
-
-
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """The first setting in which two runs differ."""
-    name = next(name for name in ours if theirs.get(name) != ours[name])
-    there, here = theirs.get(name), ours[name]
-    if not isinstance(here, dict) or not isinstance(there, dict):
-        return f"{name} is {there!r} there and {here!r} here"
-    key = next(key for key in here if there.get(key) != here[key])
-    return f"{name}.{key} is {there.get(key)!r} there and {here[key]!r} here"
 
 
 def _fill(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator, WithJsonSchema
 
 from .schema import STRICT, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability
@@ -233,6 +233,10 @@ class DataConfig:
     """Processes that tokenise; one when absent."""
 
 
+Strings = Annotated[tuple[Annotated[str, MinLen(1)], ...], BeforeValidator(lambda got: [got] if isinstance(got, str) else got)]
+"""A list of strings, or just one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How completions are sampled. Log-probs that an engine returns are those of the distribution it samples from."""
@@ -257,6 +261,11 @@ class SamplingConfig:
 
     stop_at_eos: bool = True
     """End a completion with its end token; otherwise each has max_new_tokens tokens."""
+
+    stop: Strings | None = None
+    """End a completion before the first of these strings in its text, such as ["\\n\\nHuman:"]. Tokens that it reaches into are
+    left out: they are not scored, counted or learned from, so policy optimisation makes them neither likelier nor less likely.
+    A completion may be left without any token; superhf keeps none of these."""
 
     @property
     def truncated(self) -> bool:

@@ -243,7 +243,7 @@ class StepTrainer(Trainer):
         apart = (engine - old).abs().double().exp()
         self.meter.add({"rollouts/mismatch": apart, "rollouts/mismatch/max": apart})
         summed = total(torch.stack([apart.sum(), apart.new_tensor(len(apart))]))
-        if not self.sampling.truncated:
+        if summed[1] > 0 and not self.sampling.truncated:
             judge(float(summed[0] / summed[1]), f"step {self.state.global_step}: the engine")
         scalars = {name: value.to(device) for name, value in self.context.scalars(self.state).items()}
         experience = Experience(

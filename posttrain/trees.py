@@ -59,8 +59,8 @@ class _Unit:
 class TreeCollator:
     """Lays rows of data into a batch: `collator(rows) -> dict of tensors`, deterministic.
 
-    A row holds `prompt` (ids, not empty), for each role a list of completions (ids, not empty) and one number per column. The
-    batch holds, int64 unless said:
+    A row holds `prompt` (ids, not empty), for each role a list of completions (ids) and one number per column. A completion
+    without ids has its place among the lengths and nothing in the rows. The batch holds, int64 unless said:
 
     - `input_ids`, `position_ids`, `tree`, `branch`, each [R, T]. `tree` counts from 1 within a row, 0 is padding; `branch` is 0
       in the prompt and counts from 1 within a tree.
@@ -107,7 +107,7 @@ class TreeCollator:
             new = [np.asarray(completion, dtype=np.int64) for row in rows for completion in row[role]]
             batch[f"lengths.{role}"] = torch.tensor([len(completion) for completion in new], dtype=torch.int64)  # [B]
             completions += new
-        assert all(len(ids) for ids in (*prompts, *completions)), "an empty prompt or completion reached the collator"
+        assert all(len(ids) for ids in (*prompts, *(completions if self.whole else ()))), "an empty prompt or completion"
         batch |= self._lay(self._units(prompts, owners, completions), completions)
         for column in self.columns:
             batch[f"row.{column}"] = torch.tensor([row[column] for row in rows])  # [rows]
@@ -125,11 +125,15 @@ class TreeCollator:
         return batch
 
     def _units(self, prompts: list[np.ndarray], owners: list[int], completions: list[np.ndarray]) -> list[_Unit]:
-        read = enumerate(ids if self.whole else ids[:-1] for ids in completions)
+        read = [
+            (owner, (slot, ids if self.whole else ids[:-1]))
+            for slot, (owner, ids) in enumerate(zip(owners, completions, strict=True))
+            if len(ids)
+        ]
         if self.layout == "separate":
-            return [_Unit(prompts[owner], [one]) for owner, one in zip(owners, read, strict=True)]
+            return [_Unit(prompts[owner], [one]) for owner, one in read]
         units = [_Unit(prompt, []) for prompt in prompts]
-        for owner, one in zip(owners, read, strict=True):
+        for owner, one in read:
             units[owner].branches.append(one)
         return [unit for unit in units if unit.branches]
 

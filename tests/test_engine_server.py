@@ -112,7 +112,7 @@ class Policy:
 
 
 def engine(server: Served, tmp_path: Path | None = None, policy: Policy | None = None, **settings: Any) -> ServerEngine:
-    client = {name: settings.pop(name) for name in ("timeout", "retries") if name in settings}
+    client = {name: settings.pop(name) for name in ("timeout", "retries", "tokenizer") if name in settings}
     sampling = SamplingConfig(**{"max_new_tokens": 4, **settings})
     folder = None if tmp_path is None else tmp_path / "weights"
     export = None if policy is None else policy.export

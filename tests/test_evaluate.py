@@ -97,6 +97,28 @@ def test_a_model_beside_itself_and_alone(words: list[str], models: dict[str, Pat
     assert told["metrics"]["entropy"] == metrics["entropy"]
 
 
+def test_completions_that_a_stop_string_left_without_tokens(words: list[str], models: dict[str, Path], tmp_path: Path) -> None:
+    """They count as completions, and what is said of their tokens is 0."""
+    strings = json.dumps([chr(number) for number in range(32, 127)])
+    more = ["n=8", f"stop={strings}", "stop_at_eos=true", f"output={tmp_path / 'stopped'}"]
+    metrics = evaluate(load_eval_run(overrides=[*words, *more]))["metrics"]
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "policy.jsonl").read_text().splitlines()]
+    sizes = [len(ids) for line in lines for ids in line["completion_ids"]]
+    assert sizes.count(0) > 3 and metrics["length"] == pytest.approx(sum(sizes) / 32) and 0 < metrics["length"] < 2
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in models.values())
+    rows = [(line["prompt_ids"], ids) for line in lines for ids in line["completion_ids"]]
+    assert metrics["kl/sampled"] == pytest.approx(
+        sum(logp(policy, *row) - logp(reference, *row) for row in rows) / 32, abs=1e-4
+    )
+
+
+def logp(model: Any, prompt: list[int], completion: list[int]) -> float:
+    """Of the whole completion."""
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    return sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(completion))
+
+
 def seen(prompts: list[Any], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
     """A scorer that reads the row of its prompt."""
     return [float(row["answer"] == PROMPTS.index(prompt)) for prompt, row in zip(prompts, rows, strict=True)]

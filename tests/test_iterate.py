@@ -251,6 +251,17 @@ def test_responses_sampled_elsewhere(words: list[str], inpo: Path, tmp_path: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_responses_that_a_stop_string_left_without_tokens(words: list[str], tmp_path: Path) -> None:
+    """They are judged as the empty text, pairs with one are left out, as rows of data are, and iterates are still compared."""
+    stop = f"sampling.stop={json.dumps([chr(number) for number in range(32, 127)])}"
+    more = [stop, "objective=dpo", "reward=judging:vowels", "iterations.count=1", "train.max_steps=1", "data.eval_size=6"]
+    (found,) = iterate(load_iterate_run(None, [*words, *more]))
+    part = tmp_path / "out" / "iteration-1"
+    sizes = [len(ids) for line in lines(part / "responses.jsonl") for ids in line["completion_ids"]]
+    assert sizes.count(0) > 3 and found["length"] == pytest.approx(sum(sizes) / len(sizes))
+    assert all(math.isfinite(found[name]) for name in ("kl/start", "win/start", "reward"))
+
+
 def test_a_server_is_given_the_weights_of_each_iterate(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

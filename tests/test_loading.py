@@ -104,5 +104,5 @@ def test_fillers_leave_no_trace(layout: str) -> None:
 
 
 def test_collator_takes_no_rows_that_are_empty() -> None:
-    with pytest.raises(AssertionError, match="empty prompt or completion"):
+    with pytest.raises(AssertionError, match="an empty prompt"):
         TreeCollator(("chosen",))([SimpleNamespace(prompt=[]).__dict__ | {"chosen": [[1]]}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from posttrain.recipe import load_run
 from posttrain.reference import FrozenModel
 from posttrain.run import Prepared, prepare
 from posttrain.steps import StepTrainer
+from posttrain.transcript import read_transcript
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,47 @@ def test_a_round_may_teach_nothing(folder: Path, tmp_path: Path) -> None:
     for line in (first, second):
         assert line["rollouts/kept"] == 0 and line["loss"] == 0 and line["grad_norm"] == 0
         assert "ratio/max" not in line and line["kl/weight"] == pytest.approx(0.05)
+
+
+PRINTABLE = [chr(number) for number in range(32, 127)]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("rlhf", ["mean=sequences", "advantage=grpo"]),
+        ("rlhf", ["advantage=gae", "mean=sequence_sums", "ratio=sequence"]),
+        ("rlhf", ["advantage=reinforce_pp", "token_weights=steer", "kl=loss", "correction=sequence_mask"]),
+        ("superhf", []),
+        ("superhf", ["kl_reduction=examples", "minibatch=2"]),
+    ],
+)
+def test_completions_that_a_stop_string_left_without_tokens(
+    method: str, settings: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """Some of each round, scored as the empty text; nothing of them is learned, and SuperHF keeps none."""
+    stop = f"sampling.stop={json.dumps(PRINTABLE)}"
+    prepared = trained(folder, tmp_path, *settings, stop, method=method)
+    written = read_transcript(tmp_path)
+    texts = [text for line in written for text in line["completions"]]
+    assert not set("".join(texts)) & set(PRINTABLE) and 3 <= texts.count("") <= 9
+    for line in logs(prepared):
+        assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["rollouts/mismatch/max"] < 1.001
+    for line in written:
+        scores = [line["scores"]["sampled:spread"][at] for at, text in enumerate(line["completions"]) if not text]
+        assert scores == [0.0] * len(scores)
+        if method == "superhf":
+            kept = [text for text, one in zip(line["completions"], line["learned_from"], strict=True) if one]
+            assert len(kept) == (len(set(line["completions"])) > 1 or line["completions"][0] != "") and "" not in kept
+
+
+@pytest.mark.parametrize("method", ["rlhf", "superhf"])
+def test_a_round_without_tokens(method: str, folder: Path, tmp_path: Path) -> None:
+    """The text of each completion's first token is a stop string: nothing is learned, and nobody stumbles."""
+    strings = [*PRINTABLE, "\ufffd", *map(chr, range(32))]
+    prepared = trained(folder, tmp_path, f"sampling.stop={json.dumps(strings)}", "sampling.max_new_tokens=1", method=method)
+    for line in logs(prepared):
+        assert line["loss"] == 0 and line["grad_norm"] == 0 and line["rollouts/length"] == 0 and line["rollouts/finished"] == 1
 
 
 def test_a_critic_learns_beside_the_policy(folder: Path, tmp_path: Path) -> None:

@@ -64,6 +64,22 @@ def plain_log_probs(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("layout", ["tree", "separate"])
+def test_a_completion_without_tokens_has_its_place_and_nothing_else(layout: Layout) -> None:
+    """Beside others of its prompt, alone with its prompt, and in a batch of its own."""
+    empty = [
+        {**ROWS[0], "rejected": [[], *ROWS[0]["rejected"], []]},
+        {"prompt": [5, 6], "chosen": [[]], "rejected": []},
+        *ROWS[1:],
+    ]
+    got, expected = (TreeCollator(ROLES, layout=layout)(rows) for rows in (empty, ROWS))
+    assert got["lengths.chosen"].tolist() == [9, 0, *expected["lengths.chosen"][1:].tolist()]
+    assert got["lengths.rejected"].tolist() == [0, 14, 1, 0, *expected["lengths.rejected"][2:].tolist()]
+    assert all(torch.equal(got[name], expected[name]) for name in expected if not name.startswith("lengths"))
+    alone = TreeCollator(ROLES, layout=layout)(empty[1:2])
+    assert alone["lengths.chosen"].tolist() == [0] and alone["tree"].tolist() == [[1]] and not len(alone["targets"])
+
+
 # The model sees in a tree what it sees in separate sequences
 
 
@@ -349,13 +365,10 @@ def test_reference_follows_the_order_of_the_targets(layout: Layout) -> None:
     assert torch.equal(batch["top_ids"], torch.stack([batch["targets"], torch.tensor(owners)], 1))
 
 
-def test_empty_prompt_or_completion_is_our_mistake() -> None:
-    for wrong in ({"prompt": [], "chosen": [[4]]}, {"prompt": [4], "chosen": [[]]}):
+def test_an_empty_prompt_is_our_mistake_and_so_is_a_completion_to_score() -> None:
+    for whole, wrong in ((False, {"prompt": [], "chosen": [[4]]}), (True, {"prompt": [4], "chosen": [[]]})):
         with pytest.raises(AssertionError, match="empty"):
-            TreeCollator(("chosen",))([wrong])
-    with pytest.raises(AssertionError, match="another length"):
-        short = TreeCollator(("chosen",), reference=lambda prompt, ids: {"top_ids": np.zeros((1, 2))})
-        short([{"prompt": [4], "chosen": [[5, 6]]}])
+            TreeCollator(["chosen"], whole=whole)([wrong])
 
 
 # Packing

@@ -52,14 +52,16 @@ def build(
     export = None if folder is None else lambda into: weights.write(model(), into)
     ends = ends_of(settings, tokenizer)
     if config.kind == "file":
-        return FileEngine(config.path or "", tokenizer)
+        return FileEngine(config.path or "", tokenizer, sampling.stop or ())
+    shared = {"ends": ends, "tokenizer": tokenizer}
     if config.kind == "hf":
         size = config.batch_size or 32
-        return HFEngine(model(), sampling, ends=ends, pad=tokenizer.pad_token_id, batch_size=size, compute=compute)
+        return HFEngine(model(), sampling, pad=tokenizer.pad_token_id, batch_size=size, compute=compute, **shared)
+    shared |= {"export": export, "folder": folder}
     if config.url is None:
-        return VLLMEngine(settings.name, sampling, ends=ends, export=export, folder=folder, options=_options(config, settings))
+        return VLLMEngine(settings.name, sampling, options=_options(config, settings), **shared)
     more = {name: value for name in ("timeout", "retries") if (value := vars(config)[name]) is not None}
-    return ServerEngine(config.url, sampling, ends=ends, export=export, folder=folder, **more)
+    return ServerEngine(config.url, sampling, **shared, **more)
 
 
 def refuse(config: EngineConfig, where: str = "engine") -> None:

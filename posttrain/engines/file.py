@@ -1,8 +1,9 @@
 """Rollouts from a file: completions sampled before, by `posttrain sample` or by anything else.
 
-A file has one JSON object a line, about one prompt. Either token ids, in `prompt_ids` and `completion_ids` (one list each),
-with `logps`, `finished` and `version` where they are known; or text, in `prompt` (text or messages) and `completions`, which
-goes through chat template and tokenizer as training data does. Several lines about one prompt add up.
+A file has one JSON object a line, about one prompt. Either token ids, in `prompt_ids` and `completion_ids` (one list each, of
+no ids where a stop string came first), with `logps`, `finished` and `version` where they are known; or text, in `prompt` (text
+or messages) and `completions`, which goes through chat template and tokenizer as training data does. Several lines about one
+prompt add up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..layouts import detect
 from ..schema import UserError
 from ..tally import KEPT
 from .rollout import Rollout
+from .stop import Stop
 
 _ANY_LENGTH = 2**31 - 1
 
@@ -31,12 +33,14 @@ class FileEngine:
     Args:
         path: the file.
         tokenizer: with the chat template, for text.
+        stop: strings that completions are cut before.
 
     Raises:
         UserError: there is no such file, or a line that is not of its form.
     """
 
-    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.stop = Stop(stop, tokenizer)
         self.where = f"engine file {path}"
         self._groups: dict[tuple[int, ...], list[Rollout]] = {}
         lines = list(_lines(Path(path), self.where))
@@ -61,7 +65,7 @@ class FileEngine:
                     f"{self.where}: {len(held)} completions of prompt {group + 1} of {len(prompts)}, {n} are asked for; it "
                     f"holds {len(self._groups)} prompts, and a prompt is found by its token ids (same template and settings)"
                 )
-            out += [replace(one, group=group) for one in held[:n]]
+            out += [self.stop.cut(replace(one, group=group)) for one in held[:n]]
         return out
 
     def sync(self, version: int) -> None:
@@ -93,10 +97,8 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _of_ids(line: dict[str, Any], where: str) -> list[Rollout]:
     prompt, completions = line["prompt_ids"], line["completion_ids"]
     n = len(completions) if isinstance(completions, list) else 0
-    if not _ids(prompt) or not n or not all(_ids(one) for one in completions):
-        raise UserError(
-            f"{where}: prompt_ids has to be a list of token ids and completion_ids a list of such lists, none empty"
-        )
+    if not _ids(prompt) or not prompt or not n or not all(_ids(one) for one in completions):
+        raise UserError(f"{where}: prompt_ids has to be a list of token ids, and completion_ids a list of such lists")
     more = {"logps": [None] * n, "finished": [True] * n} | {key: line[key] for key in ("logps", "finished") if line.get(key)}
     for name, values in more.items():
         if len(values) != n:
@@ -109,7 +111,7 @@ def _of_ids(line: dict[str, Any], where: str) -> list[Rollout]:
 
 
 def _ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int and one >= 0 for one in value)
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _encoded(

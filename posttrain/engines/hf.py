@@ -22,6 +22,9 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -31,6 +34,7 @@ from ..models import causal_lm, evaluating
 from ..schema import UserError
 from ..settings import SamplingConfig
 from .rollout import Rollout, cut, refuse_prompts, seeds_for
+from .stop import Stop
 
 
 class HFEngine:
@@ -45,6 +49,7 @@ class HFEngine:
         batch_size: completions that are sampled at a time.
         compute: context to sample in, such as the trainer's autocast (`Trainer.compute_loss_context_manager`), so that both
             compute alike.
+        tokenizer: of the model, for `sampling.stop`.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class HFEngine:
         pad: int,
         batch_size: int = 32,
         compute: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.model, self.sampling, self.ends, self.pad = model, sampling, tuple(ends), pad
+        self.stop = Stop(sampling.stop or (), tokenizer)
         self.batch_size, self.compute = batch_size, compute
         self.version = 0
 
@@ -74,7 +81,8 @@ class HFEngine:
                 tokens, logps = self._sample(lm, [prompts[g] for g, _ in part], [(seeds[g], sample) for g, sample in part])
                 for (group, sample), ids, values in zip(part, tokens, logps, strict=True):
                     ids, finished = cut(ids, self.ends if self.sampling.stop_at_eos else ())
-                    done[group, sample] = Rollout(list(prompts[group]), ids, values[: len(ids)], finished, group, self.version)
+                    one = Rollout(list(prompts[group]), ids, values[: len(ids)], finished, group, self.version)
+                    done[group, sample] = self.stop.cut(one)
         return [done[one] for one in wanted]
 
     def sync(self, version: int) -> None:
@@ -106,6 +114,7 @@ class HFEngine:
             attention_mask=mask,
             generation_config=lm.generation_config,
             logits_processor=LogitsProcessorList([*_warpers(self.sampling), draw]),
+            stopping_criteria=StoppingCriteriaList([_Ended(self.stop, prompts, width)] if self.stop.strings else []),
             synced_gpus=False,  # all weights are here: no process waits for another
         )
         tokens = out[:, width:]
@@ -141,6 +150,25 @@ class _Draw(LogitsProcessor):
         total = cumulative[:, -1:]
         at = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total, or none exceeds
         return torch.searchsorted(cumulative, at, right=True)
+
+
+class _Ended(StoppingCriteria):
+    """Ends the rows whose text has come to a stop string; that of transformers also finds one that begins in the prompt.
+
+    Args:
+        stop: the strings.
+        prompts: of the rows.
+        width: tokens of the padded prompts.
+    """
+
+    def __init__(self, stop: Stop, prompts: Sequence[Sequence[int]], width: int) -> None:
+        self.stop, self.prompts, self.width = stop, prompts, width
+        self.ended = [False] * len(prompts)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows = zip(self.ended, self.prompts, input_ids[:, self.width :].tolist(), strict=True)
+        self.ended = [ended or self.stop.reached(prompt, tokens) for ended, prompt, tokens in rows]
+        return torch.tensor(self.ended, device=input_ids.device)  # [B]
 
 
 def _warpers(sampling: SamplingConfig) -> list[LogitsProcessor]:

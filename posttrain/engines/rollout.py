@@ -33,14 +33,14 @@ class Rollout:
     """Token ids that it continues."""
 
     completion: list[int]
-    """Sampled token ids, through the end token if it has one; never empty."""
+    """Sampled token ids, through the end token if it has one; none where its text begins with a stop string."""
 
     logps: list[float] | None
     """[T] the engine's own log-probs of the completion's tokens, in nats, under the distribution that was sampled from: at its
     temperature and, if tokens were left out, renormalised over those that remained. None where the engine knows none."""
 
     finished: bool
-    """Whether it came to its end, and not to the limit of tokens."""
+    """Whether it came to its end, a token or a stop string, and not to the limit of tokens."""
 
     group: int
     """Position of its prompt among those of the call."""
@@ -93,11 +93,16 @@ def seeds_for(
 
 def text_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
     """A completion as the text that it adds to its prompt, without special tokens; a leading space is kept."""
-    before = tokenizer.decode(rollout.prompt, skip_special_tokens=True)
-    both = tokenizer.decode([*rollout.prompt, *rollout.completion], skip_special_tokens=True)
+    return text_after(rollout.prompt, rollout.completion, tokenizer)
+
+
+def text_after(prompt: Sequence[int], tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that tokens add to a prompt; see `text_of`."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    both = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
     if both.startswith(before):
         return both[len(before) :]
-    return tokenizer.decode(rollout.completion, skip_special_tokens=True)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def cut(tokens: Sequence[int], ends: Iterable[int]) -> tuple[list[int], bool]:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -24,7 +24,11 @@ from ..schema import UserError
 from ..settings import SamplingConfig
 from .client import Client, EngineError
 from .rollout import Rollout, refuse_prompts, seeds_for
+from .stop import Stop
 from .vllm import Export, parameters, rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
 _RESTARTS = 3
@@ -42,6 +46,7 @@ class ServerEngine:
         timeout: seconds to wait for an answer.
         retries: see `Client`.
         parallel: prompts that are asked for at a time; the server batches them.
+        tokenizer: of the model, for `sampling.stop`.
 
     Raises:
         UserError: the server cannot be reached, or reports log-probs of another distribution than it samples from.
@@ -58,8 +63,10 @@ class ServerEngine:
         timeout: float = 600.0,
         retries: int = 8,
         parallel: int = 64,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.sampling, self.ends, self.export, self.parallel = sampling, tuple(ends), export, parallel
+        self.stop = Stop(sampling.stop or (), tokenizer)
         self.folder = None if folder is None else folder.resolve()
         self._client = Client(url, timeout=timeout, retries=retries, connections=parallel)
         self._run = broadcast_object_list([uuid.uuid4().hex])[0]
@@ -135,7 +142,8 @@ class ServerEngine:
             ids, logps = one.get("token_ids"), (one.get("logprobs") or {}).get("token_logprobs")
             if ids is None or logps is None or len(ids) != len(logps):
                 raise EngineError(f"engine vllm: {self._client.url} gives no token ids with their log-probs; vLLM 0.32 does")
-            out.append(rollout(prompt, ids, logps, one["finish_reason"], self.ends, group, self.version))
+            found = rollout(prompt, ids, logps, one["finish_reason"], self.ends, group, self.version)
+            out.append(self.stop.cut(found))
         return out
 
     def _complete(self, prompt: Sequence[int], settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,12 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..schema import UserError
 from ..settings import SamplingConfig
 from .client import EngineError
 from .rollout import Rollout, cut, refuse_prompts, seeds_for
+from .stop import Stop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -47,6 +51,7 @@ class VLLMEngine:
         export: writes the policy's weights; None where `sync` is not needed.
         folder: where they are written.
         options: further arguments of vllm.LLM, verbatim (dtype, max_model_len, gpu_memory_utilization, ...).
+        tokenizer: of the model, for `sampling.stop`.
 
     Raises:
         UserError: vLLM is not installed, or refuses an option.
@@ -61,6 +66,7 @@ class VLLMEngine:
         export: Export | None = None,
         folder: Path | None = None,
         options: Mapping[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("engine vllm: vllm is not installed; pip install 'posttrain[vllm]', or give engine.url of a server")
@@ -68,6 +74,7 @@ class VLLMEngine:
         import vllm
 
         self.sampling, self.ends, self.export, self.folder = sampling, tuple(ends), export, folder
+        self.stop = Stop(sampling.stop or (), tokenizer)
         fixed = {
             "logprobs_mode": "processed_logprobs",  # those of the tempered distribution that is sampled from
             "generation_config": "vllm",  # nothing from the model's generation_config.json, such as a repetition penalty
@@ -94,14 +101,15 @@ class VLLMEngine:
         refuse_prompts(prompts, self.sampling, self._llm.model_config.max_model_len, "engine vllm")
         seeds = seeds_for(self.sampling, self.version, prompts, seeds)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        settings = [self._parameters(**parameters(self.sampling, self.ends, n, seed), detokenize=False) for seed in seeds]
+        detokenize = bool(self.stop.strings)
+        settings = [self._parameters(**parameters(self.sampling, self.ends, n, seed), detokenize=detokenize) for seed in seeds]
         answers = self._alive(lambda: self._llm.generate(asked, settings, use_tqdm=False)) if prompts else []
         out = []
         for group, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             for one in sorted(answer.outputs, key=lambda one: one.index):
                 ids = list(one.token_ids)
                 logps = [step[token].logprob for token, step in zip(ids, one.logprobs, strict=True)]
-                out.append(rollout(prompt, ids, logps, one.finish_reason, self.ends, group, self.version))
+                out.append(self.stop.cut(rollout(prompt, ids, logps, one.finish_reason, self.ends, group, self.version)))
         return out
 
     @staticmethod
@@ -158,6 +166,7 @@ def parameters(sampling: SamplingConfig, ends: Sequence[int], n: int, seed: int)
         "frequency_penalty": 0.0,
         "stop_token_ids": list(ends) if sampling.stop_at_eos else [],
         "ignore_eos": not sampling.stop_at_eos,
+        "stop": list(sampling.stop or ()),
         "logprobs": 0,  # of the sampled token alone
     }
 

@@ -57,6 +57,25 @@ def test_rloo_with_the_kl_in_the_reward() -> None:
     assert got.remember == {}
 
 
+@pytest.mark.parametrize("advantage", ["rloo", "opo", "reinforce_pp", "gae"])
+def test_the_score_of_a_completion_without_tokens_is_nobody_elses(advantage: str) -> None:
+    """First and third of six: it moves the baseline of its group, and no token where there is none."""
+    lengths = torch.tensor([0, 2, 0, 1, 1, 2])
+    more = {"more": {"values": tensor([0.5, 0.0, 1.0, 0.0, 0.0, 0.0])} if advantage == "gae" else {}}
+    changes = {"lengths": lengths, "finished": torch.ones(6, dtype=torch.bool), "group": 2, **more}
+
+    def advantages(first: float, third: float) -> torch.Tensor:
+        scores = tensor([first, 1.0, third, 3.0, 2.0, 2.0])
+        return lesson({"advantage": advantage, "beta": 0.0}, scores=scores, **changes).tokens["advantages"]
+
+    got = advantages(5.0, 7.0)
+    if advantage == "rloo":
+        same(got, [-4.0, -4.0, -4.0, 0.0, 0.0, 0.0], 1e-12)
+    else:  # opo's baseline weighs by length
+        same(got, advantages(-5.0, 70.0).tolist(), 1e-12)
+    assert got.isfinite().all() and len(got) == 6
+
+
 def test_without_a_kl_in_the_reward_only_scores_count() -> None:
     for settings in ({"kl": "none"}, {"kl": "loss"}, {"beta": 0.0}):
         same(lesson(settings).tokens["advantages"], [-2.0, -2.0, 2.0, 0.0, 0.0, 0.0], 1e-12)

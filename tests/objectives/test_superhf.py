@@ -36,6 +36,13 @@ def test_the_best_of_each_group_are_kept() -> None:
     assert got.tokens == {}
 
 
+def test_completions_without_tokens_are_dropped() -> None:
+    """The best of the first group, all of the second."""
+    got = SUPERHF.lesson(SuperHFConfig(keep=2), dataclasses.replace(SEEN, lengths=torch.tensor([1, 0, 1, 0, 0, 0])))
+    assert got.keep.tolist() == [True, False, True, False, False, False]
+    same(got.metrics["reward/kept"], [0.0, 1.0], 0)
+
+
 def test_the_loss_by_hand() -> None:
     one = Completions(
         logps=tensor([-1.0, -2.0, -0.5]), lengths=torch.tensor([2, 1]), more={"forward_kl": tensor([0.1, 0.3, 0.6])}

@@ -18,6 +18,8 @@ of groups (rloo, grpo, dr_grpo, opo, qae) are of whole completions, score minus 
 are of tokens. With the KL in the loss grpo and qae weigh it against scores by their deviation, and dr_grpo against
 (G - 1) / G of the score, since a group's mean has the score itself in it; in the reward it is scaled with the score.
 
+A completion without tokens (`sampling.stop`) is compared with and counts in means over completions; no token learns from it.
+
 Source: Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155 (PPO with the KL in the reward); the
 rest: see the files named. Means by tokens and completions, dynamic_sampling, mask_truncated: Yu et al. 2025, "DAPO",
 arXiv:2503.14476; by a constant: Liu et al. 2025, "Dr. GRPO", arXiv:2503.20783.
@@ -301,7 +303,8 @@ def _advantages(
     if config.advantage in GROUPED:
         found = one.spread(GROUPED[config.advantage](config, scores - one.sum(costs), seen.group, one.lengths))
         return (_white(found, kept, seen) if config.advantage == "reinforce_pp_baseline" else found), critic
-    rewards = (-costs).index_add(0, one.lengths.cumsum(0) - 1, scores.to(costs.dtype))
+    there = one.lengths > 0
+    rewards = (-costs).index_add(0, (one.lengths.cumsum(0) - 1)[there], scores.to(costs.dtype)[there])
     if config.advantage == "reinforce_pp":
         return _white(estimators.returns_to_go(rewards, one.lengths, config.gamma), kept, seen), critic
     values = wide(seen.more["values"])

@@ -2,7 +2,8 @@
 
     loss = -log policy(y_t) + beta KL(reference || policy) at t,   mean over all tokens of the completions kept
 
-Of each prompt's group of completions the best `keep` are learned from, for one supervised pass. The KL is over the whole
+Of each prompt's group of completions the best `keep` are learned from, for one supervised pass; completions without tokens are
+dropped, as in the authors' code, which cuts where another speaker begins (`sampling.stop`). The KL is over the whole
 vocabulary, from the reference to the policy, so it keeps what the reference would say possible; the cross-entropy moves the
 policy to the best of its own samples.
 
@@ -66,8 +67,9 @@ def _lesson(config: SuperHFConfig, seen: Experience) -> Lesson:
             f"rollouts.group_size = {group}: of a group the best {config.keep} are kept; it has to be larger than that"
         )
     rows = wide(seen.scores).view(len(seen.scores) // group, group)
-    best = rows.sort(dim=1, descending=True, stable=True).indices[:, : config.keep]
-    keep = torch.zeros_like(rows, dtype=torch.bool).scatter(1, best, True).flatten()
+    there = (seen.lengths > 0).view_as(rows)
+    best = rows.masked_fill(~there, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, : config.keep]
+    keep = (torch.zeros_like(there).scatter(1, best, True) & there).flatten()
     return Lesson(keep=keep, metrics={"reward/kept": rows.flatten()[keep]})
 
 
