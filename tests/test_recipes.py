@@ -75,6 +75,7 @@ def rows(run: Run, path: Path, first: int) -> Path:
         {"prompt": f"ab {i}?", **{role: f"{role} {i}" for role in roles}, **{column: i % 2 == 0 for column in columns}}
         for i in range(first, first + 8)
     ]
+    written = [{run.data.columns.get(name, name): value for name, value in row.items()} for row in written]
     path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return path
 
