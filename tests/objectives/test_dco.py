@@ -144,6 +144,16 @@ def test_a_certain_completion(samples: int, dtype: torch.dtype) -> None:
     close(loss.metrics["dco/coverage"], [1.0] * 4, 2e-7)
 
 
+@pytest.mark.parametrize("released", [None, "mean", "sum"])
+def test_a_completion_without_tokens(released: str | None) -> None:
+    """It is certain: loss 0, and nothing changes for the one beside it."""
+    both, alone = (Answers(completion=completions(rows)) for rows in ([[], [-1.0, -2.0]], [[-1.0, -2.0]]))
+    config = DCOConfig(samples=16, released=released)
+    close(dco(config, both).values, [0.0, dco(config, alone).values.item()])
+    gradients = [torch.autograd.grad(dco(config, one).values.sum(), one.completion.logps)[0] for one in (both, alone)]
+    close(gradients[0], gradients[1].tolist())
+
+
 def test_gradcheck_across_the_range() -> None:
     logps = tensor([-400.0, -61.0, -59.0, -7.0, -0.7, -0.69, -0.01]).requires_grad_()
     for samples in (1, 3, 256):
