@@ -110,26 +110,15 @@ class RunCommand(click.Command):
         formatter.write_text(_PLACES.replace("\n", " "))
 
 
-class SampleCommand(click.Command):
-    """`posttrain sample` and `posttrain eval`: their help lists the settings by section."""
+class ListedCommand(click.Command):
+    """`posttrain sample`, `eval` and `iterate`: their help lists the settings by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         from . import docs
 
-        for title, rows in docs.sampling_sections(self.name).items():
-            with formatter.section(f"Settings: {title}"):
-                formatter.write_dl([(f"{row.flag}  {row.type}", f"{row.description}  [{row.default}]") for row in rows])
-
-
-class IterateCommand(click.Command):
-    """`posttrain iterate`: its help lists the settings by section."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_options(ctx, formatter)
-        from . import docs
-
-        for title, rows in docs.iteration_sections().items():
+        sections = docs.iteration_sections() if self.name == "iterate" else docs.sampling_sections(self.name)
+        for title, rows in sections.items():
             with formatter.section(f"Settings: {title}"):
                 formatter.write_dl([(f"{row.flag}  {row.type}", f"{row.description}  [{row.default}]") for row in rows])
 
@@ -191,7 +180,7 @@ def check(words: tuple[str, ...]) -> None:
     report(run)
 
 
-@main.command(cls=IterateCommand, context_settings=_TAKES_A_RUN)
+@main.command(cls=ListedCommand, context_settings=_TAKES_A_RUN)
 @_run_arguments
 def iterate(words: tuple[str, ...], launch: str | None, processes: int | None) -> None:
     """Train in iterations, each on the policy's own responses: sample, judge, select, train; goes on where it was interrupted.
@@ -231,7 +220,7 @@ def logps(words: tuple[str, ...], launch: str | None, processes: int | None) -> 
     leave()
 
 
-@main.command(cls=SampleCommand, context_settings=_TAKES_A_RUN)
+@main.command(cls=ListedCommand, context_settings=_TAKES_A_RUN)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
 def sample(words: tuple[str, ...]) -> None:
     """Sample completions of the prompts of a data set into JSON lines.
@@ -250,7 +239,7 @@ def sample(words: tuple[str, ...]) -> None:
         fill(run)
 
 
-@main.command("eval", cls=SampleCommand, context_settings=_TAKES_A_RUN)
+@main.command("eval", cls=ListedCommand, context_settings=_TAKES_A_RUN)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--KEY VALUE | KEY=VALUE]...")
 def evaluate(words: tuple[str, ...]) -> None:
     """Sample a model and measure reward, KL to a reference, win rate, entropy, length and repetition.

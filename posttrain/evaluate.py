@@ -31,7 +31,7 @@ from .reference import FrozenModel
 from .replacing import replacing
 from .rewards.build import reward as build_reward
 from .rewards.scorer import Scored
-from .sample import SampleRun, full_key, refuse_unsampled, sample
+from .sample import KINDS, SampleRun, full_key, refuse_unsampled, sample
 from .schema import NonNegativeInt, PositiveInt, UserError, parse
 from .selfcheck import choose_layout
 from .settings import DataConfig, EngineConfig, ModelConfig, RewardConfig, SamplingConfig, reward_values
@@ -97,8 +97,7 @@ def load_eval_run(recipe: str | Path | None = None, overrides: Sequence[str] = (
     changes = {full_key(key, SECTIONS, SHORT): value for key, value in map(split, overrides)}
     values = merge(written, changes)
     where = whence(recipe, written, changes)
-    kinds = {"model": ModelConfig, "data": DataConfig, "engine": EngineConfig, "sampling": SamplingConfig}
-    kinds |= {"reference": ModelConfig} if "reference" in values else {}
+    kinds = KINDS | ({"reference": ModelConfig} if "reference" in values else {})
     parsed = {name: parse(kind, section(values, name, where, SHORT), where(name)) for name, kind in kinds.items()}
     parsed["reward"] = parse(RewardConfig, reward_values(section(values, "reward", where, SHORT)), where("reward"))
     run = parse(EvalRun, {**parsed, **{key: values[key] for key in NUMBERS if key in values}}, "eval")

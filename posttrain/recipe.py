@@ -49,6 +49,18 @@ SHORT = {
 SECTIONS = (*SHORT, "rollouts", "sampling", "layout", "nonfinite", "train", "imports")
 """The keys of a recipe."""
 
+KINDS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "reference": ReferenceConfig,
+    "teacher": TeacherConfig,
+    "rollouts": RolloutsConfig,
+    "reward": RewardConfig,
+    "engine": EngineConfig,
+    "sampling": SamplingConfig,
+}
+"""Sections with settings of their own, and what declares these."""
+
 ITERATED = ("iterations", "preference")
 """The keys that make it one of `posttrain iterate`."""
 
@@ -152,19 +164,13 @@ def load_run(
     for key, choice in CHOICES.items():
         if key in values and values[key] not in get_args(choice):
             raise UserError(f"{where(key)} = {values[key]!r}; possible: {', '.join(get_args(choice))}")
-    model = parse(ModelConfig, section(values, "model", where, SHORT), where("model"))
-    data = parse(DataConfig, section(values, "data", where, SHORT), where("data"))
+    sections = {name: section(values, name, where, SHORT) for name in KINDS}
+    sections["reward"] = reward_values(sections["reward"])
+    parsed = {name: parse(kind, sections[name], where(name)) for name, kind in KINDS.items()}
     run = Run(
         objective=method,
         config=parse(method.config, config, where("objective")),
-        model=model,
-        data=data,
-        reference=parse(ReferenceConfig, section(values, "reference", where, SHORT), where("reference")),
-        teacher=parse(TeacherConfig, section(values, "teacher", where, SHORT), where("teacher")),
-        rollouts=parse(RolloutsConfig, section(values, "rollouts", where, SHORT), where("rollouts")),
-        reward=parse(RewardConfig, reward_values(section(values, "reward", where, SHORT)), where("reward")),
-        engine=parse(EngineConfig, section(values, "engine", where, SHORT), where("engine")),
-        sampling=parse(SamplingConfig, section(values, "sampling", where, SHORT), where("sampling")),
+        **parsed,
         layout=values.get("layout", "auto"),
         nonfinite=values.get("nonfinite", "stop"),
         train=arguments.parse_train(section(values, "train", where, SHORT), where("train")),
@@ -211,10 +217,12 @@ def _full_key(key: str, method: Objective) -> str:
     settings = [field.name for field in dataclasses.fields(method.config)]
     if head in settings:
         return f"objective.{key}"
-    near = suggest(head, settings)
-    near = suggest(head, list(SECTIONS)) if near == "." else near
-    possible = ", ".join([*settings, *SECTIONS])
-    raise UserError(f"unknown setting {key!r}{near} Possible: {possible} (posttrain {method.name} --help)")
+    possible = [*settings, *SECTIONS]
+    inside = [f"{name}.{field.name}" for name, kind in KINDS.items() for field in dataclasses.fields(kind)]
+    train = dict.fromkeys([*arguments.DEFAULTS, *arguments.types()])  # those first that runs mostly give
+    inside += [f"train.{name}" for name in train if name not in arguments.REFUSED]
+    near = suggest(head, [*possible, *inside])
+    raise UserError(f"unknown setting {key!r}{near} Possible: {', '.join(possible)} (posttrain {method.name} --help)")
 
 
 def _refuse_contradictions(run: Run) -> None:

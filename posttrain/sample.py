@@ -36,6 +36,9 @@ SHORT = {"model": "name", "data": "name", "engine": "kind"}
 SECTIONS = (*SHORT, "sampling", "n", "output")
 """The keys of a recipe for sampling."""
 
+KINDS = {"model": ModelConfig, "data": DataConfig, "engine": EngineConfig, "sampling": SamplingConfig}
+"""Sections, and what declares their settings."""
+
 _SPEED = {"engine": ("batch_size", "url", "timeout", "retries", "options"), "data": ("num_proc",)}
 """Settings that change how fast completions come and not which."""
 
@@ -81,8 +84,7 @@ def load_sample_run(recipe: str | Path | None = None, overrides: Sequence[str] =
     changes = {full_key(key, SECTIONS, SHORT): value for key, value in map(split, overrides)}
     values = merge(written, changes)
     where = whence(recipe, written, changes)
-    kinds = {"model": ModelConfig, "data": DataConfig, "engine": EngineConfig, "sampling": SamplingConfig}
-    parsed = {name: parse(kind, section(values, name, where, SHORT), where(name)) for name, kind in kinds.items()}
+    parsed = {name: parse(kind, section(values, name, where, SHORT), where(name)) for name, kind in KINDS.items()}
     run = parse(SampleRun, {**parsed, **{key: values[key] for key in ("n", "output") if key in values}}, "sample")
     refuse_unsampled(run, where("engine"))
     return run
@@ -130,7 +132,8 @@ def full_key(key: str, sections: Sequence[str], short: Mapping[str, str]) -> str
     if head in settings:
         return f"sampling.{key}"
     possible = [*sections, *settings]
-    raise UserError(f"unknown setting {key!r}{suggest(key, possible)} Possible: {', '.join(possible)}")
+    inside = [f"{name}.{one.name}" for name, kind in KINDS.items() for one in dataclasses.fields(kind)]
+    raise UserError(f"unknown setting {key!r}{suggest(head, [*possible, *inside])} Possible: {', '.join(possible)}")
 
 
 def sample(run: SampleRun, version: int | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -33,10 +33,27 @@ class UserError(ValueError):
     """A mistake in the user's input: one line that says where, what was got and what is possible. Exit status 2."""
 
 
-def suggest(got: str, possible: list[str]) -> str:
-    """The end of a sentence about an unknown name: `; did you mean x?` for the nearest possible one, else a full stop."""
-    near = difflib.get_close_matches(got, possible, n=1)
-    return f"; did you mean {near[0]}?" if near else "."
+def suggest(got: str, possible: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: `; did you mean x?`, else a full stop.
+
+    Up to three names are suggested that have it for their initials or among their words, of a name with dots in its last part
+    (`output` in `train.output_dir`); else the one that is spelled most like it.
+    """
+    names = list(possible)
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, name, got).ratio()
+
+    def relation(name: str) -> float:
+        last = name.rpartition(".")[2]
+        if "_" in last and got == "".join(word[:1] for word in last.split("_")):
+            return 1.0
+        return likeness(last) if f"_{got}_" in f"_{last}_" else 0.0
+
+    found = sorted(filter(relation, names), key=relation, reverse=True)[:3]
+    if not found:
+        found = [name for name in names if likeness(name) == max(0.6, *map(likeness, names))][:1]
+    return f"; did you mean {' or '.join(found)}?" if found else "."
 
 
 @functools.cache

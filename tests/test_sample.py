@@ -114,6 +114,7 @@ def test_files_of_other_runs_are_left_alone(words: list[str], write: Callable[..
     ("more", "message"),
     [
         ("temprature=1", "unknown setting 'temprature'; did you mean temperature\\?"),
+        ("max_length=9", "unknown setting 'max_length'; did you mean data.max_length\\?"),
         ("engine=vlm", "engine: kind = 'vlm'"),
         ("engine.url=http://here", "engine.url is for vllm server and would be ignored by hf"),
         ("engine=file", "engine.path is required"),

@@ -112,3 +112,24 @@ def test_fields_are_the_declaration() -> None:
 )
 def test_suggest(got: str, expected: str) -> None:
     assert suggest(got, ["reverse_kl", "forward_kl", "js"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        ("bata", "beta"),
+        ("output", "train.output_dir"),
+        ("learning_rate", "train.learning_rate or value_learning_rate"),
+        ("lr", "train.learning_rate or train.lr_end"),
+        ("seed", "data.seed or train.seed"),
+        ("otput_dir", "train.output_dir"),
+        ("steps", "train.max_steps or train.eval_steps or train.save_steps"),
+        ("put", None),
+        ("x", None),
+    ],
+)
+def test_suggestions_have_a_word_or_initials_in_common(got: str, expected: str | None) -> None:
+    """Those most alike first; where there are none, the nearest in spelling."""
+    train = ["output_dir", "learning_rate", "lr_end", "seed", "max_steps", "eval_steps", "save_steps", "logging_steps"]
+    names = ["beta", "value_learning_rate", "data.seed", *(f"train.{name}" for name in train)]
+    assert suggest(got, names) == (f"; did you mean {expected}?" if expected else ".")
