@@ -250,6 +250,17 @@ class Labelled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """B prompts with one completion each, to be imitated: the family of supervised fine-tuning."""
+
+    completion: Completions
+    """The completion of each row."""
+
+    context: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """As in `Pairs`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Taught:
     """B prompts with one completion each, read by a teacher, too: the family of distillation. The teacher is the reference of
     `Completions`: `reference_logps` are its log-probs, a divergence is one between student (policy) and teacher."""

@@ -14,10 +14,10 @@ from hand import completions
 from rows import by_definition
 
 from posttrain.objectives.supervised.dco import DCOConfig, dco
-from posttrain.objectives.supervised.sft import Answers, SFTConfig, sft
+from posttrain.objectives.supervised.sft import SFTConfig, sft
 from posttrain.registry import find
 from posttrain.schema import UserError, parse
-from posttrain.stats import Completions, Loss
+from posttrain.stats import Answers, Completions, Loss
 
 FILE = json.loads((Path(__file__).parents[1] / "goldens" / "dco.json").read_text())
 LOGITS = tensor(FILE["inputs"]["policy_logits"])  # [B, T, V]

@@ -7,9 +7,10 @@ import torch
 from golden import close, golden
 from hand import completions
 
-from posttrain.objectives.supervised.sft import Answers, SFTConfig, sft
+from posttrain.objectives.supervised.sft import SFTConfig, sft
 from posttrain.registry import find
 from posttrain.schema import UserError, parse
+from posttrain.stats import Answers
 
 
 def test_released_code() -> None:

@@ -28,8 +28,7 @@ import torch
 from annotated_types import Ge, Le
 
 from ...registry import objective
-from ...stats import Loss
-from .sft import Answers
+from ...stats import Answers, Loss
 
 _RARE, _SURE = -60.0, -1e-30
 """The log p beyond which the loss goes on linearly: below the first F is 1 to 1e-17, above the second what it is at p = 1, to

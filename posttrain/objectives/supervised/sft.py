@@ -13,25 +13,11 @@ Value at policy == reference: depends on the data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from ...registry import objective
-from ...stats import Completions, Loss, wide
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """B prompts with one completion each, to be imitated."""
-
-    completion: Completions
-    """The completion of each row."""
-
-    context: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """As in `Pairs`."""
+from ...stats import Answers, Loss, wide
 
 
 @dataclass(frozen=True, kw_only=True)
