@@ -1,12 +1,13 @@
-"""`posttrain iterate`, killed by SIGKILL again and again at chosen places, and started anew: `python killed.py SPECIFICATION`.
+"""A command, killed by SIGKILL again and again at chosen places, and started anew: `python killed.py SPECIFICATION`.
 
-The specification is JSON: `words` of the command, and `places`: [module, function, n, before or after]. Each place is a start
-of the command that ends when that function is called for the n-th time; the last start has none and ends by itself. Every start
-is a process of its own, forked before anything has run, so that nothing but files is left of the one before.
+The specification is JSON: `words` of the command, and `places`: [module, function or Class.method, n, before or after]. Each
+place is a start of the command that ends when that function is called for the n-th time; the last start has none and ends by
+itself. Every start is a process of its own, forked before anything has run: nothing but files is left of the one before.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -17,7 +18,8 @@ from typing import Any
 
 def arm(module: str, name: str, n: int, when: str) -> None:
     """Have this process killed at the n-th call of a function."""
-    owner: Any = importlib.import_module(module)
+    *inside, name = name.split(".")
+    owner: Any = functools.reduce(lambda of, part: vars(of)[part], inside, importlib.import_module(module))
     function, calls = vars(owner)[name], 0
 
     def armed(*args: Any, **kwargs: Any) -> Any:

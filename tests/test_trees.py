@@ -369,6 +369,9 @@ def test_an_empty_prompt_is_our_mistake_and_so_is_a_completion_to_score() -> Non
     for whole, wrong in ((False, {"prompt": [], "chosen": [[4]]}), (True, {"prompt": [4], "chosen": [[]]})):
         with pytest.raises(AssertionError, match="empty"):
             TreeCollator(["chosen"], whole=whole)([wrong])
+    with pytest.raises(AssertionError, match="another length"):
+        short = TreeCollator(("chosen",), reference=lambda prompt, ids: {"top_ids": np.zeros((1, 2))})
+        short([{"prompt": [4], "chosen": [[5, 6]]}])
 
 
 # Packing
