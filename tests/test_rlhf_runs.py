@@ -121,11 +121,15 @@ def test_completions_that_a_stop_string_left_without_tokens(
 
 @pytest.mark.parametrize("method", ["rlhf", "superhf"])
 def test_a_round_without_tokens(method: str, folder: Path, tmp_path: Path) -> None:
-    """The text of each completion's first token is a stop string: nothing is learned, and nobody stumbles."""
+    """The text of each completion's first token is a stop string: nothing is learned, and nobody stumbles, not even over what a
+    checkpoint holds of it."""
     strings = [*PRINTABLE, "\ufffd", *map(chr, range(32))]
-    prepared = trained(folder, tmp_path, f"sampling.stop={json.dumps(strings)}", "sampling.max_new_tokens=1", method=method)
-    for line in logs(prepared):
-        assert line["loss"] == 0 and line["grad_norm"] == 0 and line["rollouts/length"] == 0 and line["rollouts/finished"] == 1
+    more = ["sampling.max_new_tokens=1", "rollouts.epochs=2", "train.save_steps=1", f"sampling.stop={json.dumps(strings)}"]
+    trained(folder, tmp_path, *more, method=method)
+    prepared = trained(folder, tmp_path, *more, method=method, resume=str(tmp_path / "checkpoint-1"))
+    first, second = logs(prepared)
+    assert first["rollouts/length"] == 0 and first["rollouts/finished"] == 1
+    assert first["loss"] == second["loss"] == 0 and first["grad_norm"] == second["grad_norm"] == 0
 
 
 def test_a_critic_learns_beside_the_policy(folder: Path, tmp_path: Path) -> None:

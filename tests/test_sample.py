@@ -110,6 +110,19 @@ def test_files_of_other_runs_are_left_alone(words: list[str], write: Callable[..
         run(words)
 
 
+def test_a_file_from_before_a_setting_was_there_goes_on(words: list[str]) -> None:
+    path = run(words)
+    whole, beside = path.read_bytes(), Path(f"{path}.json")
+    settings = json.loads(beside.read_text())
+    assert settings["sampling"].pop("stop") is None
+    beside.write_text(json.dumps(settings))
+    path.write_bytes(whole.splitlines(keepends=True)[0])
+    run(words)
+    assert path.read_bytes() == whole
+    with pytest.raises(UserError, match=r"another run's: sampling\.stop is None there and \['a'\] here"):
+        run(words, "stop=a")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
