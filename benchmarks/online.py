@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -91,9 +92,13 @@ def evaluate(model: Path, options: argparse.Namespace, folder: Path, name: str) 
     """What `posttrain eval` says of a model, beside the one that it started from; taken from the last time if it is there."""
     output = folder / "evaluations" / name
     if not (output / "evaluation.json").is_file():
-        words = ["eval", f"model.name={model}", f"data.name={folder / 'held-out.jsonl'}", *PROMPTS, "reward=vader", "n=4"]
-        words += ["sampling.max_new_tokens=24", "similarity=64", f"output={output}"]
+        words = ["eval", f"model.name={model}", f"model.tokenizer={options.model}", f"data.name={folder / 'held-out.jsonl'}"]
+        words += [*PROMPTS, "reward=vader", "n=4", "sampling.max_new_tokens=24", "similarity=64", f"output={output}"]
         words += [] if name == "start" else [f"reference.name={options.model}"]
+        output.mkdir(parents=True, exist_ok=True)
+        for path in [] if name == "start" else (folder / "evaluations" / "start").glob("policy.jsonl*"):
+            # The start is sampled once: what an evaluation finds in its folder, it does not sample again.
+            shutil.copy(path, output / path.name.replace("policy", "reference"))
         posttrain(words, sys.executable, folder / f"{name}.log")
     return json.loads((output / "evaluation.json").read_text())
 
