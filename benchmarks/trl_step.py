@@ -18,43 +18,44 @@ def trainer(method: str, reference: str, rows: list[Row], arguments: dict[str, A
     return build(reference, rows, arguments, options)
 
 
-def _adapter(options: argparse.Namespace) -> dict[str, Any]:
+def _build(
+    kind: type, config: Any, data: list[dict[str, Any]], options: argparse.Namespace, model: Any = None, **own: Any
+) -> Any:
+    """A trainer, with what all of them take."""
+    from datasets import Dataset
     from peft import LoraConfig
 
-    config = LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules="all-linear", task_type="CAUSAL_LM")
-    return {"peft_config": config}
+    if options.lora:
+        rank = {"r": options.lora, "lora_alpha": 2 * options.lora}
+        own["peft_config"] = LoraConfig(**rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return kind(
+        model=model or load_model(options),
+        args=config,
+        train_dataset=Dataset.from_list(data),
+        processing_class=load_tokenizer(options),
+        **own,
+    )
 
 
-def _reference(options: argparse.Namespace) -> dict[str, Any]:
-    """As these trainers would load it by themselves, from a folder: also where its log-probs are precomputed."""
-    return _adapter(options) if options.lora else {"ref_model": load_model(options)}
+def _tokenised(base: type, config: Any, data: list[dict], options: argparse.Namespace) -> Any:
+    """A trainer of token ids. Its reference is as it would load it by itself: also where log-probs are precomputed."""
 
-
-def _tokenised(base: type) -> type:
     class Tokenised(base):
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
             return dataset
 
-    return Tokenised
+    return _build(Tokenised, config, data, options, **({} if options.lora else {"ref_model": load_model(options)}))
 
 
 def _dpo(reference: str, rows: list[Row], arguments: dict[str, Any], options: argparse.Namespace) -> Any:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     data = [{"prompt_ids": row["prompt"], **{f"{side}_ids": row[side][0] for side in ("chosen", "rejected")}} for row in rows]
     config = DPOConfig(**arguments, max_length=options.max_length, precompute_ref_log_probs=reference == "cached")
-    return _tokenised(DPOTrainer)(
-        model=load_model(options),
-        args=config,
-        train_dataset=Dataset.from_list(data),
-        processing_class=load_tokenizer(options),
-        **_reference(options),
-    )
+    return _tokenised(DPOTrainer, config, data, options)
 
 
 def _kto(reference: str, rows: list[Row], arguments: dict[str, Any], options: argparse.Namespace) -> Any:
-    from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
     data = [
@@ -67,17 +68,15 @@ def _kto(reference: str, rows: list[Row], arguments: dict[str, Any], options: ar
         for row in rows
     ]
     config = KTOConfig(**arguments, max_length=options.max_length, precompute_ref_log_probs=reference == "cached")
-    return _tokenised(KTOTrainer)(
-        model=load_model(options),
-        args=config,
-        train_dataset=Dataset.from_list(data),
-        processing_class=load_tokenizer(options),
-        **_reference(options),
-    )
+    return _tokenised(KTOTrainer, config, data, options)
+
+
+def _numbered(rows: list[Row]) -> list[dict]:
+    """Prompts that are the numbers of rows, for trainers whose `_generate` is given what they say."""
+    return [{"prompt": str(number)} for number in range(len(rows))]
 
 
 def _kd(reference: str, rows: list[Row], arguments: dict[str, Any], options: argparse.Namespace) -> Any:
-    from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
     class Given(DistillationTrainer):
@@ -86,18 +85,12 @@ def _kd(reference: str, rows: list[Row], arguments: dict[str, Any], options: arg
             return [row["prompt"] for row in found], [row["completion"][0] for row in found], None, None, []
 
     teacher = load_model(options)
-    return Given(
-        model=fewer_layers(load_model(options), teacher.config.num_hidden_layers // 2),
-        teacher_model=teacher,
-        args=DistillationConfig(**arguments, beta=0.0, shuffle_dataset=False),  # 0 is forward KL
-        train_dataset=Dataset.from_list([{"prompt": str(number)} for number in range(len(rows))]),
-        processing_class=load_tokenizer(options),
-        **(_adapter(options) if options.lora else {}),
-    )
+    student = fewer_layers(load_model(options), teacher.config.num_hidden_layers // 2)
+    config = DistillationConfig(**arguments, beta=0.0, shuffle_dataset=False)  # 0 is forward KL
+    return _build(Given, config, _numbered(rows), options, student, teacher_model=teacher)
 
 
 def _group(reference: str, rows: list[Row], arguments: dict[str, Any], options: argparse.Namespace) -> Any:
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     class Given(GRPOTrainer):
@@ -115,11 +108,4 @@ def _group(reference: str, rows: list[Row], arguments: dict[str, Any], options: 
         max_completion_length=options.group_completion,
         shuffle_dataset=False,
     )
-    return Given(
-        model=load_model(options),
-        reward_funcs=rewards,
-        args=config,
-        train_dataset=Dataset.from_list([{"prompt": str(number)} for number in range(len(rows))]),
-        processing_class=load_tokenizer(options),
-        **(_adapter(options) if options.lora else {}),
-    )
+    return _build(Given, config, _numbered(rows), options, reward_funcs=rewards)

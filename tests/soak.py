@@ -20,8 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 
 import posttrain.run
 from posttrain.checkpoints import MANIFEST, checkpoints, newest, step_of
@@ -52,9 +51,7 @@ class Outcome:
 
 def prepare(folder: Path) -> list[str]:
     """Model and data in `folder`; the words of a run over them that saves often."""
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    saved(folder / "model")
     rows = [{"prompt": f"ab {i}?", "chosen": f"yes {i}", "rejected": f"no {i} ab"} for i in range(24)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {

@@ -20,7 +20,7 @@ from exactness import compile_communication
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 
 from posttrain import docs, registry, shipped
 from posttrain.arguments import DEFAULTS, REFUSED, types
@@ -44,16 +44,9 @@ def refused(*words: object) -> str:
     return lines[0].removeprefix("posttrain: error: ")
 
 
-def save_model(folder: Path, chat: bool = True, **settings: object) -> Path:
-    tokenizer = tiny_tokenizer(chat=chat)
-    tiny("llama", vocab_size=len(tokenizer), **settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -194,13 +187,13 @@ def test_conversations_without_a_chat_template(small: list[object], tmp_path: Pa
         {"prompt": say, "chosen": [{"role": "assistant", "content": a}], "rejected": [{"role": "assistant", "content": "no"}]}
         for a in ("yes", "ab")
     ]
-    bare = save_model(tmp_path / "bare", chat=False)
+    bare = saved(tmp_path / "bare", tiny_tokenizer(chat=False))
     line = refused(*small, "--model", bare, "--data", write_rows(tmp_path / "x.jsonl", turns))
     assert "model.chat_template" in line
 
 
 def test_reference_with_another_tokenizer(small: list[object], tmp_path: Path) -> None:
-    other = save_model(tmp_path / "other")
+    other = saved(tmp_path / "other")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(other)
@@ -509,8 +502,8 @@ def test_launched_under_zero3_it_is_the_same_run(small: list[object], tmp_path: 
     assert "x 2 processes = 4 rows a step" in got.stdout and got.stdout.count("posttrain dpo\n") == 1
     losses = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (alone, apart)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][1] < (0.69 if adapter else 0.68)
-    saved = "adapter_model.safetensors" if adapter else "model.safetensors"
-    weights = [load_file(folder / saved) for folder in (alone, apart)]
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    weights = [load_file(folder / name) for folder in (alone, apart)]
     assert weights[0].keys() == weights[1].keys()
     for key, values in weights[0].items():
         torch.testing.assert_close(values, weights[1][key], atol=2e-3, rtol=0)

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from exactness import compile_communication
 from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved, tiny
 
 from posttrain.cli import main
 from posttrain.data import load
@@ -26,14 +26,6 @@ from posttrain.settings import DataConfig
 
 def invoke(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def saved(folder: Path, *, rows: int = 0, chat: bool = True, **settings: object) -> Path:
-    """A tiny model whose head has `rows` more rows than its tokenizer has tokens."""
-    tokenizer = tiny_tokenizer(chat=chat)
-    tiny("llama", vocab_size=len(tokenizer) + rows, **settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +197,7 @@ def test_tokens_that_only_the_student_has(small: list[str], student: Path, tmp_p
     """They are cut where the data has none of them, and refused where it has."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
-    wide = tmp_path / "student"
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(wide)
-    tokenizer.save_pretrained(wide)
+    wide = saved(tmp_path / "student", tokenizer)
     done = run([*small, f"model={wide}", "train.max_steps=1"])
     assert done.trainer.reference.size == len(tokenizer) - 1
     assert "dropped/student" in read_metrics(Path(done.args.output_dir))[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 from transformers import AutoModelForCausalLM
 
 from posttrain.cli import main
@@ -27,10 +27,10 @@ PROMPTS = ["ab", "no", "yes ab", "b"]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A policy and the reference it is to be compared with, two random models of one vocabulary."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), tiny_tokenizer(chat=False)
-    for seed, name in enumerate(("policy", "reference")):
-        tiny("llama", vocab_size=len(tokenizer), seed=seed, initializer_range=0.3).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {name: folder / name for name in ("policy", "reference")}
+    return {
+        name: saved(folder / name, tokenizer, seed=seed, initializer_range=0.3)
+        for seed, name in enumerate(("policy", "reference"))
+    }
 
 
 @pytest.fixture

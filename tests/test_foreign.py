@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 
 from posttrain.foreign import Retold, aligned
 from posttrain.recipe import load_run
@@ -48,12 +48,6 @@ def test_too_long_a_reading_is_cut() -> None:
     assert len(told["prompt"]) + len(told["completion"][0]) == 12
     told = retold(6).row({"prompt": ids, "completion": [ids]})
     assert (len(told["prompt"]), len(told["completion"][0])) == (1, 5)
-
-
-def saved(folder: Path, tokenizer: object, **settings: object) -> Path:
-    tiny("llama", vocab_size=len(tokenizer), **settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def changes(tmp_path: Path, *more: str) -> list[str]:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 
 from posttrain import sample
 from posttrain.cli import main
@@ -45,11 +44,7 @@ KILLS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model"), bos_token_id=1, eos_token_id=2)
 
 
 def command(folder: Path, output: Path) -> list[str]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 
 from posttrain.recipe import load_run
 from posttrain.records import read_metrics
@@ -19,10 +18,7 @@ from posttrain.schema import UserError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and 12 labelled rows, 8 of them desirable."""
-    folder = tmp_path_factory.mktemp("labelled")
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = saved(tmp_path_factory.mktemp("labelled"), max_position_embeddings=64)
     written = [{"prompt": f"{'a' * i}?", "completion": f"so {i}" * (1 + i % 3), "label": i % 3 > 0} for i in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     return folder

@@ -16,8 +16,7 @@ import pytest
 import torch
 from exactness import compile_communication
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 from transformers import AutoModelForCausalLM
 
 from posttrain import learned, memory
@@ -38,10 +37,7 @@ COUNT = 2 * 32 + 2 + 2 + 32 + 32
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A tiny model and 16 pairs, as overrides of a run that saves its first two steps."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=4096).save_pretrained(folder)  # so that ZeRO-3 partitions the output head
-    tokenizer.save_pretrained(folder)
+    folder = saved(tmp_path_factory.mktemp("inputs"), vocab_size=4096)  # so that ZeRO-3 partitions the output head
     rows = [{"prompt": f"ab {i}?", "chosen": f"yes {i}", "rejected": f"no {i} ab"} for i in range(16)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = {"learning_rate": 1e-2, "warmup_steps": 0, "per_device_train_batch_size": 4, "logging_steps": 1, "max_steps": 3}

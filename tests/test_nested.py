@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 
 from posttrain import docs, registry
 from posttrain.cli import main
@@ -103,9 +102,7 @@ def test_help_and_show_list_the_names_and_the_settings_of_the_default() -> None:
 
 def test_check_and_a_run_over_a_loss_without_reference(tmp_path: Path) -> None:
     """What the inner loss reads decides what is loaded; the folder says which loss it was."""
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model")
     pairs = [{"prompt": f"ab {i}?", "chosen": f"yes {i}", "rejected": f"no {i} ab"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     words = ["--model", tmp_path / "model", "--data", tmp_path / "pairs.jsonl", "--loss.name", "simpo", "--loss.gamma", "0.2"]

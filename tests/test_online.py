@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from small_runs import settings_of, train
+from tiny_models import saved
 
 from posttrain.engines.hf import HFEngine
 from posttrain.engines.rollout import derived
@@ -23,32 +23,17 @@ from posttrain.trees import Collator, TreeCollator, prompts_of
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student, a teacher of another width, and instructions."""
-    root, tokenizer = tmp_path_factory.mktemp("online"), tiny_tokenizer()
-    for seed, (name, width) in enumerate((("student", 32), ("teacher", 48))):
-        torch.manual_seed(seed)
-        tiny("llama", vocab_size=len(tokenizer), hidden_size=width).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    root = tmp_path_factory.mktemp("online")
+    saved(root / "student")
+    saved(root / "teacher", hidden_size=48)
     rows = [{"prompt": f"ab {i}?", "completion": f"yes {i}"} for i in range(8)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
 def run(folder: Path, output: Path, *more: str, teacher: str = "teacher") -> Prepared:
-    words = {
-        "model": folder / "student",
-        "data": folder / "rows.jsonl",
-        "data.max_length": 200,
-        "sampling.max_new_tokens": 6,
-        "train.output_dir": output,
-        "train.max_steps": 3,
-        "train.learning_rate": 1e-2,
-        "train.lr_scheduler_type": "constant",
-        "train.warmup_steps": 0,
-        "train.per_device_train_batch_size": 4,
-        "train.logging_steps": 1,
-        "train.use_cpu": "true",
-    } | ({"teacher": folder / teacher} if teacher else {})
-    return prepare(load_run("kd", None, [*(f"{key}={value}" for key, value in words.items()), *more]))
+    beside = [f"teacher={folder / teacher}"] if teacher else []
+    return prepare(load_run("kd", None, settings_of(folder, output, *beside, *more, model="student")))
 
 
 def losses(prepared: Prepared) -> list[float]:
@@ -112,10 +97,7 @@ def test_a_correction_puts_the_teacher_in_at_the_worst_token(folder: Path, tmp_p
 
 def test_splits_and_interruptions_change_nothing(folder: Path, tmp_path: Path) -> None:
     def trained(name: str, *more: str, resume: str | None = None) -> Prepared:
-        prepared = run(folder, tmp_path / name, "rollouts.student=1", "train.save_steps=1", *more)
-        prepared.trainer.train(resume_from_checkpoint=resume)
-        prepared.lock.release()
-        return prepared
+        return train(run(folder, tmp_path / name, "rollouts.student=1", "train.save_steps=1", *more), resume)
 
     whole = trained("whole")
     split = trained("split", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2")

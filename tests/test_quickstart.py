@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved, tiny
 
 from posttrain import quickstart
 from posttrain.models import attach
@@ -150,9 +149,7 @@ def test_the_numbers_are_those_of_the_definition() -> None:
 
 
 def test_the_whole_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", max_position_embeddings=1024)
     monkeypatch.chdir(tmp_path)
     numbers = quickstart.quickstart(
         [

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
-from tiny_models import tiny
-from transformers import AutoModelForSequenceClassification
+from tiny_models import saved
 
 from posttrain import docs, registry, shipped
 from posttrain.iterate import iterate
@@ -23,13 +21,6 @@ from posttrain.stats import columns_of, roles_of
 EVERY = sorted(shipped.folder("recipes").glob("**/*.yaml"))
 ITERATED = [path for path in EVERY if "\niterations:" in path.read_text(encoding="utf-8")]
 RECIPES = [path for path in EVERY if path not in ITERATED]
-
-
-def saved(folder: Path, **settings: object) -> Path:
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer), **settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model."""
-    folder, tokenizer = tmp_path_factory.mktemp("judge"), tiny_tokenizer()
-    config = tiny("llama", vocab_size=len(tokenizer)).config
-    config.num_labels = 1
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("judge"), scores=True)
 
 
 def sampled_changes(run: Run, judge: Path) -> list[str]:

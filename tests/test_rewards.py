@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from posttrain.rewards.build import SCORERS, preference, scorer
@@ -130,11 +130,7 @@ def test_scores_of_tensors_and_of_nothing() -> None:
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny causal LM with its tokenizer."""
-    path = tmp_path_factory.mktemp("judge")
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer), initializer_range=0.3, max_position_embeddings=512).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(saved(tmp_path_factory.mktemp("judge"), initializer_range=0.3, max_position_embeddings=512))
 
 
 def classifier(folder: Path, labels: int) -> str:

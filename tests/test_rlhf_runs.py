@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from small_runs import settings_of, train
+from tiny_models import saved
 
 from posttrain.recipe import load_run
 from posttrain.reference import FrozenModel
@@ -21,37 +21,18 @@ from posttrain.transcript import read_transcript
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, tokenizer = tmp_path_factory.mktemp("rlhf"), tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    root = tmp_path_factory.mktemp("rlhf")
+    saved(root / "model")
     rows = [{"prompt": f"ab {i}?", "bonus": 0} for i in range(4)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
 def trained(folder: Path, output: Path, *more: str, method: str = "rlhf", resume: str | None = None) -> Prepared:
-    words = {
-        "model": folder / "model",
-        "data": folder / "rows.jsonl",
-        "data.max_length": 200,
-        "reward": "sampled:spread",
-        "rollouts.group_size": 3,
-        "sampling.max_new_tokens": 5,
-        "train.output_dir": output,
-        "train.max_steps": 2,
-        "train.learning_rate": 1e-2,
-        "train.lr_scheduler_type": "constant",
-        "train.warmup_steps": 0,
-        "train.per_device_train_batch_size": 2,
-        "train.logging_steps": 1,
-        "train.use_cpu": "true",
-    }
-    prepared = prepare(load_run(method, None, [*(f"{key}={value}" for key, value in words.items()), *more]))
-    try:
-        prepared.trainer.train(resume_from_checkpoint=resume)
-    finally:
-        prepared.lock.release()
-    return prepared
+    """Two steps of two prompts, three completions each."""
+    ours = ["reward=sampled:spread", "rollouts.group_size=3", "sampling.max_new_tokens=5"]
+    ours += ["train.max_steps=2", "train.per_device_train_batch_size=2"]
+    return train(prepare(load_run(method, None, settings_of(folder, output, *ours, *more))), resume)
 
 
 def logs(prepared: Prepared) -> list[dict[str, Any]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 from transformers import GenerationConfig
 
 from posttrain.cli import main
@@ -26,12 +25,7 @@ TEXTS = ["how are you", "tell me a story", "what is it", "a", "no", "yes", "why 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model with its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    model = tiny("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(saved(tmp_path_factory.mktemp("model"), bos_token_id=1, eos_token_id=2))
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from small_runs import settings_of, train
+from tiny_models import saved
 
 from posttrain import docs, memory
 from posttrain.check import check
@@ -35,48 +35,25 @@ TIMED = ("tokens_per_second", "memory_gib")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and prompts with a further column."""
-    root, tokenizer = tmp_path_factory.mktemp("steps"), tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    root = tmp_path_factory.mktemp("steps")
+    saved(root / "model")
     rows = [{"prompt": f"ab {i}?", "bonus": i} for i in range(PROMPTS)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
-def words_of(folder: Path, output: Path) -> list[str]:
+def words_of(folder: Path, output: Path, *more: str) -> list[str]:
     """The settings that the tests share."""
-    words = {
-        "imports": "[sampled]",
-        "objective.name": "sampled",
-        "model": folder / "model",
-        "data": folder / "rows.jsonl",
-        "data.max_length": 200,
-        "reward": "sampled:spread",
-        "rollouts.group_size": 3,
-        "sampling.max_new_tokens": 6,
-        "train.output_dir": output,
-        "train.max_steps": 3,
-        "train.learning_rate": 1e-2,
-        "train.lr_scheduler_type": "constant",
-        "train.warmup_steps": 0,
-        "train.per_device_train_batch_size": 4,
-        "train.logging_steps": 1,
-        "train.use_cpu": "true",
-    }
-    return [f"{key}={value}" for key, value in words.items()]
+    ours = ["imports=[sampled]", "objective.name=sampled", "reward=sampled:spread", "rollouts.group_size=3"]
+    return settings_of(folder, output, *ours, *more)
 
 
 def run(folder: Path, output: Path, *more: str) -> Prepared:
-    return prepare(load_run(None, None, [*words_of(folder, output), *more]))
+    return prepare(load_run(None, None, words_of(folder, output, *more)))
 
 
 def trained(folder: Path, output: Path, *more: str, resume: str | None = None) -> Prepared:
-    prepared = run(folder, output, *more)
-    try:
-        prepared.trainer.train(resume_from_checkpoint=resume)
-    finally:
-        prepared.lock.release()
-    return prepared
+    return train(run(folder, output, *more), resume)
 
 
 def logs(prepared: Prepared) -> list[dict[str, Any]]:
@@ -240,7 +217,7 @@ def test_two_processes_are_one(folder: Path, tmp_path: Path, objective: list[str
     more = [*objective, "data.limit=5", "train.max_steps=4", "rollouts.every=2", "rollouts.epochs=2"]
     more += ["train.optim=sgd", "train.learning_rate=0.1"]
     export(trained(folder, tmp_path / "one", *more))
-    words = [*words_of(folder, tmp_path / "two"), *more, "train.per_device_train_batch_size=2"]
+    words = words_of(folder, tmp_path / "two", *more, "train.per_device_train_batch_size=2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "posttrain"]
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -280,7 +257,7 @@ def test_policy_optimisation(folder: Path, tmp_path: Path, words: list[str]) -> 
 
 def test_what_a_run_says_of_itself(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["reward=[{name: length, weight: 0.5}, sampled:spread]", "reward.heldout=length", "rollouts.epochs=2", "beta=0.1"]
-    words = [*words_of(folder, tmp_path), *more, "reference.kind=ema", "train.max_steps=-1", "train.num_train_epochs=3"]
+    words = words_of(folder, tmp_path, *more, "reference.kind=ema", "train.max_steps=-1", "train.num_train_epochs=3")
     check(load_run(None, None, words))
     shown = " ".join(capsys.readouterr().out.split())
     assert "0.5 length + sampled:spread; only logged: length" in shown

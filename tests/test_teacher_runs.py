@@ -16,8 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from serving import serving
 from test_teacher_server import Served
-from tiny import tiny_tokenizer
-from tiny_models import tiny
+from tiny_models import saved
 from transformers import AutoModelForCausalLM
 
 from posttrain.cli import main
@@ -26,13 +25,6 @@ from posttrain.records import read_metrics
 from posttrain.run import Prepared, execute, prepare
 from posttrain.schema import UserError
 from posttrain.teacher_cache import CachedTeacher
-
-
-def saved(folder: Path, rows: int = 0, **settings: Any) -> Path:
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer) + rows, **settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

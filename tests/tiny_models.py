@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 101
@@ -95,3 +97,18 @@ def tiny(
         torch.manual_seed(seed)
         model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
     return model.eval()
+
+
+def saved(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, *, rows: int = 0, **settings: Any) -> Path:
+    """A folder with a tiny Llama (or `name`) and its tokenizer.
+
+    Args:
+        folder: where to.
+        tokenizer: its own; None: `tiny_tokenizer()`.
+        rows: more rows of the model's head than the tokenizer has tokens.
+        settings: of `tiny`.
+    """
+    tokenizer = tokenizer or tiny_tokenizer()
+    tiny(**{"name": "llama", "vocab_size": len(tokenizer) + rows} | settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
