@@ -5,6 +5,8 @@ Attention on CPUs wants heads of 32 or more, so the model is a little larger tha
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -31,7 +33,7 @@ from transformers import TrainerCallback
 from posttrain.engines import weights
 from posttrain.engines.client import Client, EngineError
 from posttrain.engines.hf import HFEngine
-from posttrain.engines.rollout import Rollout
+from posttrain.engines.rollout import Rollout, text_of
 from posttrain.engines.server import ServerEngine
 from posttrain.models import attach
 from posttrain.recipe import load_run
@@ -188,6 +190,23 @@ def test_a_server_follows_the_policy(server: Server, tmp_path: Path) -> None:
         assert not set(one.completion[:-1]) & set(ends)
 
 
+def test_stop_strings_cut_as_they_do_here(server: Server, tmp_path: Path) -> None:
+    """Greedy completions of the server and of the model, which the server would sample on; of one prompt nothing is left."""
+    training, tokenizer = Training(), tiny_tokenizer()
+    greedy = SamplingConfig(max_new_tokens=24, temperature=0.0)
+    free = HFEngine(training.model, greedy, ends=[EOS], pad=0).generate(PROMPTS)
+    texts = [text_of(one, tokenizer) for one in free]
+    stopped = dataclasses.replace(greedy, stop=(texts[0][5:7], texts[1][0]))
+    more = {"ends": [EOS], "tokenizer": tokenizer}
+    engine = ServerEngine(server.url, stopped, export=training.export, folder=tmp_path / "weights", **more)
+    engine.sync(0)
+    ours, theirs = HFEngine(training.model, stopped, pad=0, **more).generate(PROMPTS), engine.generate(PROMPTS)
+    assert [(one.completion, one.finished) for one in theirs] == [(one.completion, one.finished) for one in ours]
+    assert theirs[1].completion == [] and 0 < len(theirs[0].completion) < len(free[0].completion)
+    for one, other in zip(theirs, ours, strict=True):
+        assert one.logps == pytest.approx(other.logps, abs=1e-4)
+
+
 def test_an_adapter_is_merged_on_the_way(server: Server, tmp_path: Path) -> None:
     training = Training()
     torch.manual_seed(0)
@@ -273,10 +292,60 @@ class Kills(TrainerCallback):
 def test_training_on_rollouts_of_vllm_in_the_same_program(folder: Path, tmp_path: Path) -> None:
     options = f"engine.options={json.dumps(OPTIONS)}"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-m", "posttrain", "rlhf", *words(folder, tmp_path, options)]
+    command = [sys.executable, "-m", "posttrain", "rlhf", *words(folder, tmp_path, options, 'sampling.stop=["a", "e"]')]
     done = subprocess.run(command, env=os.environ | QUIET | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     synced(tmp_path)
+    texts = "".join(text for line in read_transcript(tmp_path) for text in line["completions"])
+    assert texts and not {"a", "e"} & set(texts)
+
+
+@pytest.mark.parametrize(
+    ("phase", "multiprocessing"), [("starting", "1"), ("training", "1"), ("training", "0")], ids=["starting", "core", "inside"]
+)
+def test_a_killed_trainer_leaves_no_vllm_behind(folder: Path, tmp_path: Path, phase: str, multiprocessing: str) -> None:
+    """While vLLM starts and after the first round, with an engine core in a process of its own or in the trainer's. Whatever
+    the trainer started has a mark of this test in its environment."""
+    settings = words(folder, tmp_path, f"engine.options={json.dumps(OPTIONS)}", "train.max_steps=5000")
+    path, mark = os.pathsep.join([str(Path(__file__).parent), *sys.path]), f"{os.getpid()} {phase} {multiprocessing}"
+    more = {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "POSTTRAIN_MARK": mark}
+    command, log = [sys.executable, "-m", "posttrain", "rlhf", *settings], (tmp_path / "log").open("w")
+    trainer = subprocess.Popen(command, env=os.environ | QUIET | more, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 600
+        while not reached(trainer.pid, phase, tmp_path):
+            assert trainer.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        time.sleep(1)
+        before = marked(mark)
+        assert len(before) >= 2 + (multiprocessing == "1"), "the trainer, the guard, and the engine core"
+        trainer.kill()
+        trainer.wait()
+        psutil.wait_procs(before, timeout=30)
+        assert not marked(mark)
+    finally:
+        for one in marked(mark):
+            one.kill()
+
+
+def reached(trainer: int, phase: str, output: Path) -> bool:
+    """Whether a trainer has come to a phase: its vLLM has begun to start, or a round is written down."""
+    if phase == "training":
+        return (output / "rollouts.jsonl").is_file() and (output / "rollouts.jsonl").stat().st_size > 0
+    with contextlib.suppress(psutil.Error):
+        started = [" ".join(one.cmdline()) for one in psutil.Process(trainer).children()]
+        return any("guard.py" in one for one in started) and any("guard.py" not in one for one in started)
+    return False
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes that live with a mark in their environment."""
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if one.status() != psutil.STATUS_ZOMBIE and one.environ().get("POSTTRAIN_MARK") == mark:
+                found.append(one)
+    return found
 
 
 IN_PROCESS = """

@@ -6,8 +6,6 @@ New weights go through a folder: the policy is written as safetensors and vLLM r
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..schema import UserError
 from ..settings import SamplingConfig
 from .client import EngineError
+from .guard import Guard
 from .rollout import Rollout, cut, refuse_prompts, seeds_for
 from .stop import Stop
 
@@ -25,20 +24,6 @@ T = TypeVar("T")
 
 Export = Callable[[Path], None]
 """Writes the policy's present weights into a folder, as safetensors that `from_pretrained` reads (weights.py)."""
-
-
-_GUARD = """
-import sys, psutil
-sys.stdin.buffer.read()  # ends with the process that holds the other end
-for pid, created in (word.split("@") for word in sys.argv[1:]):
-    try:
-        one = psutil.Process(int(pid))
-        if one.create_time() == float(created):
-            one.kill()
-    except psutil.NoSuchProcess:
-        pass
-"""
-"""Kills processes, given as pid@time of creation, as soon as the process that started it has ended, however it did."""
 
 
 class VLLMEngine:
@@ -70,7 +55,6 @@ class VLLMEngine:
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("engine vllm: vllm is not installed; pip install 'posttrain[vllm]', or give engine.url of a server")
-        import psutil
         import vllm
 
         self.sampling, self.ends, self.export, self.folder = sampling, tuple(ends), export, folder
@@ -81,13 +65,13 @@ class VLLMEngine:
         }
         for name in fixed.keys() & (options or {}).keys():
             raise UserError(f"engine.options.{name} is set here, to {fixed[name]}: rollouts have to be of the policy itself")
-        before = set(psutil.Process().children(recursive=True))
+        self._guard = Guard()
         try:
             self._llm: Any = vllm.LLM(model=model, **fixed, **(options or {}))
         except (TypeError, ValueError, OSError, RuntimeError) as error:
+            self._guard.close()
             raise UserError(f"engine vllm: {' '.join(str(error).split())}") from None
-        started = set(psutil.Process().children(recursive=True)) - before
-        self._guard = guard([f"{one.pid}@{one.create_time()!r}" for one in started])
+        self._guard.settle()
         self._parameters = vllm.SamplingParams
         self._synced: int | None = None
 
@@ -142,13 +126,7 @@ class VLLMEngine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-            self._guard.kill()
-            self._guard.wait()
-
-
-def guard(processes: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A process that ends `processes` (pid@time of creation) when this one has ended; vLLM outlives a parent that is killed."""
-    return subprocess.Popen([sys.executable, "-c", _GUARD, *processes], stdin=subprocess.PIPE, start_new_session=True)
+            self._guard.close()
 
 
 def parameters(sampling: SamplingConfig, ends: Sequence[int], n: int, seed: int) -> dict[str, Any]:
