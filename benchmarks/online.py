@@ -34,23 +34,14 @@ VLLM = [
     "engine.options.kv_cache_memory_bytes=268435456",
 ]  # fmt: skip
 
-SENTIMENT = ["train", "recipes/rlhf/smollm2-135m-sentiment.yaml"]
-
-SUPERHF = [
-    "train", "recipes/superhf/local.yaml", *PROMPTS, "reward=vader", "sampling.max_new_tokens=24", "train.max_steps=60",
-    "train.per_device_train_batch_size=4",
-]  # fmt: skip
-
-INPO = [
-    "iterate", "recipes/inpo/local.yaml", *PROMPTS, "preference=vader", "sampling.max_new_tokens=24", "iterations.prompts=120",
-    "train.learning_rate=1e-5",
-]  # fmt: skip
+RLHF, SUPERHF = (["train", f"recipes/{name}/smollm2-135m-sentiment.yaml"] for name in ("rlhf", "superhf"))
+INPO = ["iterate", "recipes/inpo/smollm2-135m-sentiment.yaml"]
 
 RUNS: dict[str, list[str]] = {
-    "rloo-hf": [*SENTIMENT],
-    "rloo-vllm": [*SENTIMENT, *VLLM],
-    "grpo-hf": [*SENTIMENT, "objective.advantage=grpo"],
-    "grpo-vllm": [*SENTIMENT, "objective.advantage=grpo", *VLLM],
+    "rloo-hf": RLHF,
+    "rloo-vllm": [*RLHF, *VLLM],
+    "grpo-hf": [*RLHF, "objective.advantage=grpo"],
+    "grpo-vllm": [*RLHF, "objective.advantage=grpo", *VLLM],
     "superhf-hf": SUPERHF,
     "superhf-vllm": [*SUPERHF, *VLLM],
     "inpo-hf": INPO,
@@ -62,14 +53,12 @@ RUNS: dict[str, list[str]] = {
 def run(name: str, options: argparse.Namespace, folder: Path) -> Path:
     """Train, unless it is done; the folder of the model."""
     words, output = RUNS[name], folder / name
-    iterates = words[0] == "iterate"
-    place = "output" if iterates else "train.output_dir"
-    words = [*words, f"model.name={options.model}", f"data.name={folder / 'train.jsonl'}", f"{place}={output}"]
+    words = [*words, f"model.name={options.model}", f"data.name={folder / 'train.jsonl'}", f"train.output_dir={output}"]
     cost = folder / f"{name}.json"
     if not cost.is_file():
         seconds = posttrain(words, options.vllm_python if "vllm" in name else sys.executable, folder / f"{name}.log")
         cost.write_text(json.dumps(seconds))
-    return max(output.glob("iteration-*/model")) if iterates else output
+    return max(output.glob("iteration-*/model"), default=output)
 
 
 def posttrain(words: list[str], python: str, log: Path) -> dict[str, float]:
