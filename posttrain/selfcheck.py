@@ -68,7 +68,8 @@ class SelfCheck(TrainerCallback):
     def _start(self, rows: list[dict[str, Any]]) -> None:
         """Loss and log-ratios where the policy is the reference."""
         trainer = self.trainer
-        batch = {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}
+        batch = trainer.data_collator(rows)
+        batch = trainer.referred({name: tensor.to(trainer.args.device) for name, tensor in batch.items()})
         statistics = trainer.statistics(trainer.model, batch | trainer.scalars([batch]))
         online = trainer.objective.online  # nothing was sampled yet that a loss could be of
         if online and not trainer.starts_at_reference:

@@ -142,7 +142,9 @@ class Trainer(transformers.Trainer):
         main = TreeCollator(self.roles, self.columns, layout, self.tokens, lookup, whole=whole, **rows)
         early = dataclasses.replace(main, roles=self.early_roles) if self.early_roles else None
         retold = None if self.retell is None else self.retell(dataclasses.replace(main, columns=()))
-        return Collator(main, early, retold)
+        live = isinstance(self.reference, FrozenModel | AdapterOff) and not self.needs_reference_head
+        both = dataclasses.replace(main, roles=[*self.roles, *self.early_roles]) if early and live else None
+        return Collator(main, early, retold, both)
 
     def statistics(self, model: nn.Module, batch: dict[str, Tensor], *, early: bool = False) -> Any:
         """The family's statistics of a batch, with gradient to `model` (the policy, wrapped or not).
@@ -151,7 +153,7 @@ class Trainer(transformers.Trainer):
         """
         scalars, roles = context.read(batch), self.roles
         if early and self.early_roles:
-            batch, roles = Collator.early_part(batch), self.early_roles
+            batch, roles = Collator.part(batch, "early"), self.early_roles
         request, answer = self._read(model, batch, roles, tuple(bound(self.want, scalars)))
         columns = {name: batch[f"row.{name}"] for name in self.columns}
         columns |= {name: batch[f"token.{name}"] for name in self.tokens}
@@ -169,13 +171,24 @@ class Trainer(transformers.Trainer):
         """What was asked of the model about the tokens of a batch, and what it and the reference say."""
         inner = self.model
         inputs = model_inputs(inner, batch, self.data_collator.layout)
-        request = Request(
-            gather=batch["gather"], targets=batch["targets"], want=want, impl=self.impl, temperature=self.temperature
-        )
-        request = self._referring(request, inner, batch)
+        request = self._referring(self._request(batch, want), inner, batch)
         if self.own is not None:
             request = dataclasses.replace(request, lengths=torch.cat([batch[f"lengths.{role}"] for role in roles]))
         return request, {**request.given, **model(**inputs, statistics=request)}
+
+    def _request(self, batch: dict[str, Tensor], want: tuple[Want, ...]) -> Request:
+        gather, targets = batch["gather"], batch["targets"]
+        return Request(gather=gather, targets=targets, want=want, impl=self.impl, temperature=self.temperature)
+
+    def referred(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A micro-batch; where early completions are read, with what a live reference says of those and the trained ones."""
+        both = Collator.part(batch, "both")
+        if not both:
+            return batch
+        with self.compute_loss_context_manager():
+            logps = self._referring(self._request(both, ()), self.model, both).given["ref_logp"]
+        own, early = logps.split([len(batch["targets"]), len(batch["early.targets"])])
+        return batch | {"reference_logps": own, "early.reference_logps": early}
 
     def _referring(self, request: Request, inner: nn.Module, batch: dict[str, Tensor]) -> Request:
         """The request with what the reference has to say of its tokens: its output head, or its log-probs."""
@@ -233,7 +246,7 @@ class Trainer(transformers.Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         while 0 < len(batches) < num_batches:  # a stream ended: without a whole step its gradients would go into the next one
             batches.append(self._empty_batch())
-        batches = self.learned_from(batches)
+        batches = [self.referred(batch) for batch in self.learned_from(batches)]
         scalars = self.scalars(batches)
         batches = [batch | scalars for batch in batches]
         self.nonfinite.begin(batches)

@@ -184,30 +184,35 @@ class Collator:
     retold: Retold | None = None
     """Lays the rows as a teacher with another tokenizer reads them, under keys of its own."""
 
+    both: TreeCollator | None = None
+    """Lays the trained roles and then the early ones together, so that a live reference reads a prompt once."""
+
     @property
     def layout(self) -> Layout:
-        """The layout of both."""
+        """The layout of all."""
         return self.main.layout
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
-        for one in (self.main, self.early, self.retold and self.retold.collator):
+        for one in (self.main, self.early, self.both, self.retold and self.retold.collator):
             if one is not None:
                 one.layout = layout
 
     def __call__(self, rows: Sequence[Row | None]) -> Batch:
         rows = [row for row in rows if row is not None]
         batch = self.main(rows)
-        if self.early is not None:
-            batch |= {f"early.{name}": tensor for name, tensor in self.early(rows).items()}
+        for part, collator in (("early", self.early), ("both", self.both)):
+            if collator is not None:
+                batch |= {f"{part}.{name}": tensor for name, tensor in collator(rows).items()}
         if self.retold is not None:
             batch |= self.retold(rows)
         return batch
 
     @staticmethod
-    def early_part(batch: Batch) -> Batch:
-        """The early completions of a batch as a batch."""
-        return {name.removeprefix("early."): tensor for name, tensor in batch.items() if name.startswith("early.")}
+    def part(batch: Batch, which: str) -> Batch:
+        """A part of a batch, `early` or `both`, as a batch; empty where it is not laid."""
+        prefix = f"{which}."
+        return {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
 
 
 def prompts_of(batch: Batch) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,14 +91,14 @@ def test_fillers_leave_no_trace(layout: str) -> None:
         return {"reference_logps": np.full(len(completion), 0.5, dtype=np.float32)}
 
     row = {"prompt": [5, 6], "chosen": [[7, 8]], "rejected": [[9]], "label": 1}
-    both = [TreeCollator(roles, ("label",), layout=layout, reference=lookup) for roles in (("chosen", "rejected"), ("chosen",))]
-    collate = Collator(*both)
+    main = TreeCollator(("chosen", "rejected"), ("label",), layout=layout, reference=lookup)
+    collate = Collator(main, dataclasses.replace(main, roles=("chosen",)), both=main)
     alone, among = collate([row]), collate([None, row, None])
     assert alone.keys() == among.keys() and all(torch.equal(alone[name], among[name]) for name in alone)
     none = collate([None, None])
     assert none.keys() == alone.keys()
     for name, tensor in none.items():
-        shared = name.removeprefix("early.") in ("input_ids", "position_ids", "tree", "branch")
+        shared = name.removeprefix("early.").removeprefix("both.") in ("input_ids", "position_ids", "tree", "branch")
         assert tensor.shape == ((1, 1) if shared else (0,)), name
         assert tensor.dtype == alone[name].dtype or name.endswith("row.label"), name
     assert none["tree"].item() == 1  # a token that attends to itself, not padding, which some models make nan of
