@@ -169,16 +169,14 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, batch: dict[str, Tensor], roles: Sequence[str], want: tuple[Want, ...]
     ) -> tuple[Request, dict[str, Tensor]]:
         """What was asked of the model about the tokens of a batch, and what it and the reference say."""
-        inner = self.model
-        inputs = model_inputs(inner, batch, self.data_collator.layout)
-        request = self._referring(self._request(batch, want), inner, batch)
+        inputs = model_inputs(self.model, batch, self.data_collator.layout)
+        request = self._referring(self._request(batch, want), self.model, batch)
         if self.own is not None:
             request = dataclasses.replace(request, lengths=torch.cat([batch[f"lengths.{role}"] for role in roles]))
         return request, {**request.given, **model(**inputs, statistics=request)}
 
-    def _request(self, batch: dict[str, Tensor], want: tuple[Want, ...]) -> Request:
-        gather, targets = batch["gather"], batch["targets"]
-        return Request(gather=gather, targets=targets, want=want, impl=self.impl, temperature=self.temperature)
+    def _request(self, part: dict[str, Tensor], want: tuple[Want, ...]) -> Request:
+        return Request(gather=part["gather"], targets=part["targets"], want=want, impl=self.impl, temperature=self.temperature)
 
     def referred(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A micro-batch; where early completions are read, with what a live reference says of those and the trained ones."""

@@ -211,8 +211,7 @@ class Collator:
     @staticmethod
     def part(batch: Batch, which: str) -> Batch:
         """A part of a batch, `early` or `both`, as a batch; empty where it is not laid."""
-        prefix = f"{which}."
-        return {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
+        return {name.removeprefix(f"{which}."): tensor for name, tensor in batch.items() if name.startswith(f"{which}.")}
 
 
 def prompts_of(batch: Batch) -> list[list[int]]:
