@@ -263,11 +263,12 @@ def evaluate(words: tuple[str, ...]) -> None:
 @click.option("--output", default="frontier.png", show_default=True, help="The file to write.")
 @click.option("--x", help="Metric on the horizontal axis; default: the KL that all have.")
 @click.option("--y", default="reward", show_default=True, help="Metric on the vertical axis.")
-def plot(folders: tuple[str, ...], output: str, x: str | None, y: str) -> None:
+@click.option("--smooth", type=click.IntRange(min=1), help="Logs that a point of a line is the mean of.  [a tenth of all]")
+def plot(folders: tuple[str, ...], output: str, x: str | None, y: str, smooth: int | None) -> None:
     """Draw reward against KL of training runs and evaluations, by their folders; needs the extra `plots`."""
     from .plots import plot as draw
 
-    drawn = draw(folders, output, x, y)
+    drawn = draw(folders, output, x, y, smooth)
     click.echo(f"{output}: " + ", ".join(f"{folder} ({count})" for folder, count in drawn.items()))
 
 

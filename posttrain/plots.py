@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .evaluate import FILE
 from .records import METRICS, read_metrics
 from .replacing import replacing
@@ -33,13 +35,17 @@ def points(folder: str | Path) -> list[dict[str, float]]:
     return logs
 
 
-def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None, y: str = "reward") -> dict[str, int]:
-    """Draw `y` against `x` of several folders; of a reward with a dashed line what a held-out scorer says.
+def plot(
+    folders: Sequence[str | Path], output: str | Path, x: str | None = None, y: str = "reward", smooth: int | None = None
+) -> dict[str, int]:
+    """Draw `y` against `x` of several folders, logs as points and their running means as a line; of a reward with a dashed line
+    what a held-out scorer says.
 
     Args:
         folders: of training runs and evaluations.
         output: the file to write; its ending is the format.
         x, y: names of metrics.
+        smooth: logs that a point of the line is the mean of, in both directions; a tenth of them when absent.
 
     Returns:
         How many points each folder has.
@@ -60,11 +66,11 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
         if not kept:
             raise UserError(_lacking(folder, logs, x if not _with(logs, x) else y))
         drawn[folder], color = len(kept), f"C{number}"
-        axes.plot([log[x] for log in kept], [log[y] for log in kept], ".-", color=color, label=Path(folder).name)
+        _draw(axes, kept, x, y, smooth, color, "-", label=Path(folder).name)
         more = _with(kept, HELDOUT) if y == "reward" else []
         if more:  # on an axis of its own: another scorer has another scale
             right = right or axes.twinx()
-            right.plot([log[x] for log in more], [log[HELDOUT] for log in more], ".--", color=color, alpha=0.6)
+            _draw(right, more, x, HELDOUT, smooth, color, "--")
             right.set_ylabel("held-out reward (dashed)")
     axes.set(xlabel=f"{x} (nats)" if x in KLS else x, ylabel=y)
     axes.grid(alpha=0.3)
@@ -76,6 +82,22 @@ def plot(folders: Sequence[str | Path], output: str | Path, x: str | None = None
     except (OSError, ValueError) as error:  # the latter: a format that it cannot draw
         raise UserError(f"plot: {path} cannot be written: {error}") from None
     return drawn
+
+
+def running(points: np.ndarray, window: int | None = None) -> np.ndarray:
+    """[n, 2] -> [n - window + 1, 2] means of so many neighbours; a tenth of all when absent, all where there are fewer."""
+    window = min(window or max(1, len(points) // 10), len(points))
+    return np.lib.stride_tricks.sliding_window_view(points, window, axis=0).mean(-1)
+
+
+def _draw(
+    axes: Any, logs: Sequence[dict[str, float]], x: str, y: str, smooth: int | None, color: str, style: str, **more: str
+) -> None:
+    points = np.array([[log[x], log[y]] for log in logs])
+    line = running(points, smooth)
+    axes.plot(*line.T, style if len(line) > 1 else "o", color=color, **more)
+    if len(line) < len(points):
+        axes.plot(*points.T, ".", color=color, alpha=0.25, markersize=4)
 
 
 def _with(logs: Sequence[dict[str, Any]], *names: str) -> list[dict[str, float]]:

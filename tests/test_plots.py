@@ -6,11 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from posttrain.cli import main
-from posttrain.plots import plot, points
+from posttrain.plots import plot, points, running
 from posttrain.schema import UserError
 
 
@@ -32,6 +33,14 @@ def test_points(folders: list[Path], tmp_path: Path) -> None:
     assert points(folders[1]) == [{"reward": 0.7, "kl/sampled": 2.0, "kl/analytic": 1.9}]
     with pytest.raises(UserError, match=r"has neither evaluation.json \(posttrain eval\) nor metrics.jsonl"):
         points(tmp_path)
+
+
+def test_running_means() -> None:
+    logs = np.array([[0.0, 3.0], [1.0, 5.0], [2.0, 1.0]])
+    assert running(logs).tolist() == logs.tolist()
+    assert running(logs, 2).tolist() == [[0.5, 4.0], [1.5, 3.0]]
+    assert running(logs, 9).tolist() == [[1.0, 3.0]]
+    assert running(np.arange(40.0).reshape(20, 2))[0].tolist() == [1.0, 2.0]
 
 
 def test_without_matplotlib_it_is_one_line(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
