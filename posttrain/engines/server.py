@@ -3,6 +3,7 @@
 The server has to read the folder that weights are written to. It is started with
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
+    # on a CPU, for a model whose head is tied to its embeddings, --worker-extension-cls posttrain.engines.worker.TiedHeads, too
 
 (development mode opens the routes that reload weights; without it a server can sample, from its own weights). A server that is
 gone or hangs is asked again with growing pauses. One that came back with other weights is recognised by the label that `sync`
@@ -11,6 +12,7 @@ left in it, and given the policy's weights before anything is sampled; what it s
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import AutoConfig
 
 from ..schema import UserError
 from ..settings import SamplingConfig
+from . import worker
 from .client import Client, EngineError
 from .rollout import Rollout, refuse_prompts, seeds_for
 from .stop import Stop
@@ -29,6 +33,8 @@ from .vllm import Export, parameters, rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("posttrain")
 
 _START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
 _RESTARTS = 3
@@ -69,6 +75,7 @@ class ServerEngine:
         self.stop = Stop(sampling.stop or (), tokenizer)
         self.folder = None if folder is None else folder.resolve()
         self._client = Client(url, timeout=timeout, retries=retries, connections=parallel)
+        self._once, self._renews = Client(url, timeout=timeout, retries=0, connections=1), True
         self._run = broadcast_object_list([uuid.uuid4().hex])[0]
         self._synced: int | None = None
         served = self._client.call("GET", "/v1/models", hint=f"start it: {_START}")["data"][0]
@@ -113,6 +120,7 @@ class ServerEngine:
     def close(self) -> None:
         """Close the connections; the server is its owner's."""
         self._client.close()
+        self._once.close()
 
     def _label(self) -> str:
         return f"posttrain-{self._run}-{self._synced}"
@@ -124,14 +132,33 @@ class ServerEngine:
         hint = f"weights are replaced in development mode only: {_START}"
         return self._client.call("GET", "/weight_info", hint=hint)["weight_version"] == self._label()
 
+    def _renew_head(self) -> bool:
+        """Have the server renew a head that is tied to the embeddings (worker.py); False where it was not started for that."""
+        if not AutoConfig.from_pretrained(self.folder).get_text_config().tie_word_embeddings:
+            return True
+        try:
+            self._once.call("POST", "/collective_rpc", {"method": worker.REFRESH})
+        except EngineError:
+            return False
+        return True
+
     def _load(self) -> None:
         hint = f"the server has to read {self.folder}, and to run in development mode: {_START}"
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         self._client.call("POST", "/collective_rpc", body, hint=hint)
+        renewed = self._renews and self._renew_head()
         if not self._client.call("POST", "/reset_prefix_cache")["success"]:
             raise EngineError(
                 "engine vllm: the prefix cache could not be reset (other requests run?), so old and new weights would mix"
             )
+        if self._renews and not renewed:  # and it is alive, or it had not answered by now
+            log.warning(
+                "engine vllm: the policy's head is tied to its embeddings; on a CPU, not on a GPU, the server at %s keeps the "
+                "old one unless it is started with --worker-extension-cls %s",
+                self._client.url,
+                worker.NAME,
+            )
+        self._renews = renewed
         self._client.call("POST", "/update_weight_version", {"new_version": self._label()})
 
     def _group(self, group: int, asked: tuple[Sequence[int], int], n: int) -> list[Rollout]:

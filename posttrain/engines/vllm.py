@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..schema import UserError
 from ..settings import SamplingConfig
+from . import worker
 from .client import EngineError
 from .guard import Guard
 from .rollout import Rollout, cut, refuse_prompts, seeds_for
@@ -62,6 +63,7 @@ class VLLMEngine:
         fixed = {
             "logprobs_mode": "processed_logprobs",  # those of the tempered distribution that is sampled from
             "generation_config": "vllm",  # nothing from the model's generation_config.json, such as a repetition penalty
+            "worker_extension_cls": worker.NAME,  # reloads tied heads, too
         }
         for name in fixed.keys() & (options or {}).keys():
             raise UserError(f"engine.options.{name} is set here, to {fixed[name]}: rollouts have to be of the policy itself")
@@ -117,6 +119,7 @@ class VLLMEngine:
         assert self.export is not None and self.folder is not None, "sync needs export and folder"
         self.export(self.folder)
         self._alive(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)}))
+        self._alive(lambda: self._llm.collective_rpc(worker.REFRESH))
         if not self._alive(self._llm.reset_prefix_cache):
             raise EngineError("engine vllm: the prefix cache could not be reset, so old and new weights would mix")
         self._synced = version
