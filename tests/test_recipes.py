@@ -130,6 +130,7 @@ def test_a_recipe_of_iterations_trains(path: Path, model: Path, tmp_path: Path) 
     written, overridden = load_iterate_run(path), {}
     prompts = tmp_path / "prompts.jsonl"
     asked = [{"prompt": f"ab {i}?", "answer": i, "context_messages": [{"role": "user", "content": "b"}]} for i in range(10)]
+    asked = [row | {"text": row["prompt"]} for row in asked]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     changes = {
         "model.name": model,
