@@ -12,12 +12,12 @@ import pytest
 from serving import JsonHandler, JsonServer, serving
 from transformers import LlamaConfig
 
-from posttrain.engines import worker
+from posttrain.engines import build, worker
 from posttrain.engines.client import EngineError
 from posttrain.engines.rollout import Rollout, derived
 from posttrain.engines.server import ServerEngine
 from posttrain.schema import UserError
-from posttrain.settings import SamplingConfig
+from posttrain.settings import EngineConfig, ModelConfig, SamplingConfig
 
 EOS = 2
 
@@ -252,3 +252,14 @@ def test_a_tied_head_is_renewed(
     assert called.count("reload_weights") == 2 and called.count(worker.REFRESH) == asked
     warned = [one.message for one in caplog.records if worker.NAME in one.message]
     assert len(warned) == (tied and not extended), warned
+
+
+def test_on_a_cpu_prompts_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a prompt is fatal to vLLM's seeded requests there; what the user says counts before that."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings = ModelConfig(name="m", dtype="float32")
+    assert build._options(EngineConfig(kind="vllm"), settings)["enable_chunked_prefill"] is False
+    asked = EngineConfig(kind="vllm", options={"enable_chunked_prefill": True, "max_model_len": 64})
+    assert build._options(asked, settings).items() >= asked.options.items()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "enable_chunked_prefill" not in build._options(EngineConfig(kind="vllm"), settings)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -89,4 +90,6 @@ def _options(config: EngineConfig, settings: ModelConfig) -> dict[str, Any]:
     for a model of ours that is not trained; vLLM's own takes float16 for float32 weights."""
     dtype = ("bfloat16" if bf16_available() else "float32") if settings.dtype == "auto" else settings.dtype
     shared = {"revision": settings.revision, "tokenizer": settings.tokenizer, "trust_remote_code": settings.trust_remote_code}
+    if not torch.cuda.is_available():  # after a part of a prompt vLLM 0.32 turns a seeded generator back, which CPUs' cannot
+        shared["enable_chunked_prefill"] = False
     return shared | {"dtype": dtype} | (config.options or {})
