@@ -3,7 +3,7 @@
 The server has to read the folder that weights are written to. It is started with
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
-    # on a CPU, for a model whose head is tied to its embeddings, --worker-extension-cls posttrain.engines.worker.TiedHeads, too
+    # on a CPU, too: --no-enable-chunked-prefill --worker-extension-cls posttrain.engines.worker.TiedHeads (worker.py, build.py)
 
 (development mode opens the routes that reload weights; without it a server can sample, from its own weights). A server that is
 gone or hangs is asked again with growing pauses. One that came back with other weights is recognised by the label that `sync`
