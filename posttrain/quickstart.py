@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from . import console, data
 from .models import Request, head_of, model_inputs
+from .references import cache_folder
 from .run import Run, execute, load_run, quiet_libraries
 from .schema import UserError
 from .shipped import folder
@@ -77,8 +78,7 @@ def quickstart(overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     given = {override.partition("=")[0] for override in overrides}
     ours = [f"data={PAIRS / 'train.jsonl'}"]
     if not given & {"model", "model.name"}:
-        cache = Path(os.environ.get("POSTTRAIN_CACHE", "~/.cache/posttrain")).expanduser()
-        ours.append(f"model={embedded_model(cache)}")
+        ours.append(f"model={embedded_model(cache_folder(None))}")
     run = load_run(recipe=folder("recipes") / "dpo" / "quickstart.yaml", overrides=[*ours, *overrides])
     done = execute(run)
     policy, reference = done.model.eval(), done.trainer.reference.model.eval()

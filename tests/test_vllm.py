@@ -89,6 +89,14 @@ def gap(model: nn.Module, rollouts: Sequence[Rollout]) -> float:
     return max(abs(a - b) for a, b in zip(ours, trainer_logps(model, rollouts), strict=True))
 
 
+def ran(*command: str) -> None:
+    """A command of `posttrain` in a program of its own, which succeeds."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    words = [sys.executable, "-m", "posttrain", *command]
+    done = subprocess.run(words, env=os.environ | QUIET | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class Server:
     """`vllm serve` of a folder."""
 
@@ -298,11 +306,7 @@ class Kills(TrainerCallback):
 
 
 def test_training_on_rollouts_of_vllm_in_the_same_program(folder: Path, tmp_path: Path) -> None:
-    options = f"engine.options={json.dumps(OPTIONS)}"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-m", "posttrain", "rlhf", *words(folder, tmp_path, options, 'sampling.stop=["a", "e"]')]
-    done = subprocess.run(command, env=os.environ | QUIET | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran("rlhf", *words(folder, tmp_path, f"engine.options={json.dumps(OPTIONS)}", 'sampling.stop=["a", "e"]'))
     synced(tmp_path)
     texts = "".join(text for line in read_transcript(tmp_path) for text in line["completions"])
     assert texts and not {"a", "e"} & set(texts)
@@ -357,18 +361,24 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 IN_PROCESS = """
+import random
 import sys
 from pathlib import Path
+import numpy as np
 from posttrain.engines.vllm import VLLMEngine
 from test_vllm import *
 
+def randomness():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
 if __name__ == "__main__":
-    training, folder = Training(), Path(sys.argv[1])
+    training, folder, policies = Training(), Path(sys.argv[1]), [policy(version) for version in range(3)]
+    before = randomness()
     engine = VLLMEngine(str(folder), SAMPLING, ends=[EOS], export=training.export, folder=folder / "sync", options=OPTIONS)
-    for version in range(3):
-        training.model = policy(version)
+    for version, training.model in enumerate(policies):
         engine.sync(version)
         print("gap", gap(training.model, engine.generate(PROMPTS, 4)), flush=True)
+    print("randomness", "kept" if randomness() == before else "touched", flush=True)
     if "stay" in sys.argv:
         print("ready", flush=True)
         time.sleep(600)
@@ -376,22 +386,28 @@ if __name__ == "__main__":
 """
 
 
-def test_vllm_in_this_process(folder: Path, tmp_path: Path) -> None:
-    """In a program of its own, then in one that is killed: nothing that it started outlives it."""
+@pytest.mark.parametrize("multiprocessing", [None, "1"], ids=["one process", "engine core"])
+def test_vllm_in_this_process(folder: Path, tmp_path: Path, multiprocessing: str | None) -> None:
+    """In a program of its own, then in one that is killed: nothing that it started outlives it. Without a word in the
+    environment vLLM is one with its program on CPUs."""
     script = tmp_path / "script.py"
     script.write_text(IN_PROCESS)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | QUIET | {"PYTHONPATH": path}
+    if multiprocessing is not None:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
     command = [sys.executable, str(script), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     gaps = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("gap")]
     assert len(gaps) == 3
     assert max(gaps) < 1e-4
+    assert "randomness kept" in done.stdout
     process = subprocess.Popen([*command, "stay"], env=environment, stdout=subprocess.PIPE, text=True)
     assert any(line == "ready\n" for line in process.stdout)
     started = psutil.Process(process.pid).children(recursive=True)
-    assert started
+    cores = [one for one in started if "guard.py" not in " ".join(one.cmdline())]
+    assert bool(cores) == (multiprocessing == "1"), cores
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(started, timeout=30)

@@ -1,14 +1,20 @@
-"""Rollouts from vLLM that this process starts, on the same machine; it runs in a process of its own.
+"""Rollouts from vLLM that this process starts, on the same machine: in processes of its own on GPUs, on CPUs in this one.
 
 New weights go through a folder: the policy is written as safetensors and vLLM reloads it in place, on any device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
 
 from ..schema import UserError
 from ..settings import SamplingConfig
@@ -29,6 +35,9 @@ Export = Callable[[Path], None]
 
 class VLLMEngine:
     """vLLM in this program, for runs of one process; several processes share a server (server.py).
+
+    On CPUs vLLM's processes would wait for each other by spinning, on the cores that compute: there it is one with this process
+    (VLLM_ENABLE_V1_MULTIPROCESSING=0), unless the environment says otherwise.
 
     Args:
         model: folder or hub id of the model to start with; `sync` replaces its weights.
@@ -67,9 +76,12 @@ class VLLMEngine:
         }
         for name in fixed.keys() & (options or {}).keys():
             raise UserError(f"engine.options.{name} is set here, to {fixed[name]}: rollouts have to be of the policy itself")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         self._guard = Guard()
         try:
-            self._llm: Any = vllm.LLM(model=model, **fixed, **(options or {}))
+            with kept_randomness():
+                self._llm: Any = vllm.LLM(model=model, **fixed, **(options or {}))
         except (TypeError, ValueError, OSError, RuntimeError) as error:
             self._guard.close()
             raise UserError(f"engine vllm: {' '.join(str(error).split())}") from None
@@ -103,14 +115,17 @@ class VLLMEngine:
         """What `work` gives.
 
         Raises:
-            EngineError: vLLM's process died.
+            EngineError: vLLM failed, or its process died.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return work()
+            with kept_randomness():
+                return work()
         except EngineDeadError as error:
             raise EngineError(f"engine vllm: its process died; what it wrote is above: {error}") from error
+        except RuntimeError as error:
+            raise EngineError(f"engine vllm: {' '.join(str(error).split())}") from error
 
     def sync(self, version: int) -> None:
         """Write the policy's weights, have vLLM reload them, and forget what it cached of the old ones."""
@@ -130,6 +145,18 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             self._guard.close()
+
+
+@contextlib.contextmanager
+def kept_randomness() -> Iterator[None]:
+    """The generators of this process (its CPU) are afterwards as they were: vLLM seeds and uses those of the one it is in."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(numpys)
 
 
 def parameters(sampling: SamplingConfig, ends: Sequence[int], n: int, seed: int) -> dict[str, Any]:
