@@ -72,6 +72,19 @@ class Divergence:
             (slope,) = torch.autograd.grad(self.link(edge).sum(), edge)
         return self.link(inside) + slope * (h - inside)
 
+    def derivative(self, h: torch.Tensor) -> torch.Tensor:
+        """[B] log-ratios -> [B] f'(e^h) - f'(1), of any f-divergence and without gradient: `score`, or where there is no link
+        the slope of `summand`, which is policy * f', within |h| = 20."""
+        if self.link is not None:
+            return self.score(h.detach()).detach()
+        h = h.detach().to(torch.promote_types(h.dtype, torch.float32)).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        both = torch.stack([h, torch.zeros_like(h)])
+        with torch.enable_grad():
+            lp = both.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.summand(lp, torch.zeros_like(lp)).sum(), lp)
+        at_h, at_0 = slope * (-both).exp()
+        return at_h - at_0
+
     @staticmethod
     def continued(h: torch.Tensor) -> torch.Tensor:
         """[B] log-ratios -> [B] 1 where `score` is its linear continuation, else 0."""

@@ -210,6 +210,11 @@ def _rlhf(**settings: Any) -> Case:
     return _dpo("rlhf", detached=True, beta=1.0, **settings)
 
 
+def _fdpg(name: str) -> Case:
+    """The way there differs, and not where it ends."""
+    return _dpo("fdpg", detached=True, beta=1.0, divergence=name)
+
+
 def _kl_in_the_loss(estimate: str, fixed_point: str, best: Measure) -> Case:
     """The policy answers for the KL of a token where it writes it, and not for that of later ones."""
     return Case(
@@ -305,6 +310,7 @@ CASES = [
         detached=True,
     ),
     _kl_in_the_loss("k3", "q(v after s) / (c - Q(s v))", forward_step),
+    *map(_fdpg, ["reverse_kl", "forward_kl", "js", "squared_hellinger"]),
     *map(_superhf, [0.35, 1.0]),
 ]
 """In the order of the table."""
