@@ -52,13 +52,18 @@ def split(override: str) -> tuple[str, str]:
     return key, value
 
 
+NAMED = {"reward": ("name", "heldout"), "preference": ("name",), "engine": ("kind",)}
+"""Sections whose settings belong to what one of them names: that one, and those that do not belong to it."""
+
+
 def merge(written: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
-    """Sections with dotted keys changed; the values of the changes are YAML.
+    """Sections with dotted keys changed; the values of the changes are YAML. Another name in a section of `NAMED` takes the
+    place of the written one and its settings.
 
     Raises:
         UserError: a value that is not YAML, or a key inside something that is no mapping.
     """
-    merged = OmegaConf.create(dict(written))
+    merged = OmegaConf.create(dict(written) | {name: _kept(name, written, changes) for name in NAMED if name in written})
     for key, value in changes.items():
         try:
             merged.merge_with_dotlist([f"{key}={value}"])
@@ -68,6 +73,13 @@ def merge(written: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, A
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from None
+
+
+def _kept(name: str, written: Mapping[str, Any], changes: Mapping[str, str]) -> Any:
+    """What stays of a written section of `NAMED`."""
+    values, (key, *others) = written[name], NAMED[name]
+    replaced = isinstance(values, dict) and key in values and changes.get(f"{name}.{key}", values[key]) != values[key]
+    return {key: value for key, value in values.items() if key in others} if replaced else values
 
 
 def section(values: Mapping[str, Any], name: str, where: Callable[[str], str], short: Mapping[str, str]) -> dict[str, Any]:

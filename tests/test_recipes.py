@@ -161,3 +161,19 @@ def test_a_recipe_of_iterations_trains(path: Path, model: Path, tmp_path: Path) 
     assert [one["iteration"] for one in found] == [1, 2]
     assert all(one["kept"] > 0 and one["kl/start"] != 0 for one in found)
     assert (tmp_path / "out" / "iteration-2" / "model" / "model.safetensors").is_file()
+
+
+def test_another_name_replaces_a_recipes_with_its_settings(tmp_path: Path) -> None:
+    """What says how a scorer or an engine works is not passed on to the next one; the scorer held out is another matter."""
+    recipe = tmp_path / "recipe.yaml"
+    rest = "objective: rlhf\nmodel: m\ndata: d\nengine: {kind: vllm, options: {dtype: float32}}\n"
+    recipe.write_text(rest + "reward: {name: length, target: 20, heldout: {name: regex, pattern: a}}\n")
+    run = load_run(recipe=recipe, overrides=["reward=vader", "engine=hf"])
+    held = {"name": "regex", "pattern": "a"}
+    assert run.reward == RewardConfig(scorers=({"name": "vader"},), heldout=held)
+    assert run.engine.kind == "hf" and run.engine.options is None
+    same = load_run(recipe=recipe, overrides=["reward=length", "reward.unit=characters", "engine=vllm"])
+    assert same.reward.scorers == ({"name": "length", "target": 20, "unit": "characters"},) and same.reward.heldout == held
+    assert same.engine.options == {"dtype": "float32"}
+    other = load_run(recipe=recipe, overrides=["reward=format", "reward.pattern=b", "reward.heldout=vader"])
+    assert other.reward == RewardConfig(scorers=({"name": "format", "pattern": "b"},), heldout={"name": "vader"})
