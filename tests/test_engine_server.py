@@ -181,7 +181,7 @@ def test_a_restarted_server_gets_the_policy_before_it_samples(server: Served, tm
         one.generate([[1, 10]])
 
 
-@pytest.mark.parametrize("trouble", [[503], [500, 502], ["drop"], ["hang"], ["hang", 503, 503]])
+@pytest.mark.parametrize("trouble", [[503], [500, 502], ["drop"] * 4, ["hang"], ["drop", "hang", "drop"], ["hang", 503, 503]])
 def test_what_passes_is_waited_for(server: Served, trouble: list[Any]) -> None:
     one = engine(server, timeout=0.5, retries=4)
     server.trouble = list(trouble)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError, MaxRetryError, ProtocolError
 from urllib3.util import Retry, Timeout
 
 from ..schema import UserError
@@ -29,6 +29,16 @@ class EngineError(UserError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class _Retry(Retry):
+    """Of the retries after reading, which are few, a broken connection takes none: the server is gone and does not hang."""
+
+    def increment(self, *asked: Any, error: Exception | None = None, **more: Any) -> _Retry:
+        """The retries that are left after this one."""
+        broken = isinstance(error, ProtocolError)
+        left = Retry.increment(self.new(read=None) if broken else self, *asked, error=error, **more)
+        return left.new(read=self.read) if broken else left
 
 
 class Client:
@@ -57,7 +67,7 @@ class Client:
         self.url, self._who, self._secret = url.rstrip("/").removesuffix("/v1"), who, secret
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"{who.split()[0]}.url = {url!r}: expected http://host:port")
-        retry = Retry(
+        retry = _Retry(
             total=retries,
             read=min(_HANGS, retries),
             backoff_factor=0.5,
