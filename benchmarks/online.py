@@ -34,7 +34,7 @@ VLLM = [
     "engine.options.kv_cache_memory_bytes=268435456",
 ]  # fmt: skip
 
-RLHF, SUPERHF = (["train", f"recipes/{name}/smollm2-135m-sentiment.yaml"] for name in ("rlhf", "superhf"))
+RLHF, FDPG, SUPERHF = (["train", f"recipes/{name}/smollm2-135m-sentiment.yaml"] for name in ("rlhf", "fdpg", "superhf"))
 INPO = ["iterate", "recipes/inpo/smollm2-135m-sentiment.yaml"]
 
 RUNS: dict[str, list[str]] = {
@@ -42,6 +42,8 @@ RUNS: dict[str, list[str]] = {
     "rloo-vllm": [*RLHF, *VLLM],
     "grpo-hf": [*RLHF, "objective.advantage=grpo"],
     "grpo-vllm": [*RLHF, "objective.advantage=grpo", *VLLM],
+    "fdpg-vllm": [*FDPG, *VLLM],
+    "fdpg-forward-vllm": [*FDPG, "objective.divergence=forward_kl", *VLLM],
     "superhf-hf": SUPERHF,
     "superhf-vllm": [*SUPERHF, *VLLM],
     "inpo-hf": INPO,
