@@ -43,7 +43,6 @@ RUNS: dict[str, list[str]] = {
     "grpo-hf": [*RLHF, "objective.advantage=grpo"],
     "grpo-vllm": [*RLHF, "objective.advantage=grpo", *VLLM],
     "fdpg-vllm": [*FDPG, *VLLM],
-    "fdpg-forward-vllm": [*FDPG, "objective.divergence=forward_kl", *VLLM],
     "superhf-hf": SUPERHF,
     "superhf-vllm": [*SUPERHF, *VLLM],
     "inpo-hf": INPO,
