@@ -17,6 +17,7 @@ from posttrain.records import read_metrics
 from posttrain.run import execute
 from posttrain.settings import RewardConfig
 from posttrain.stats import columns_of, roles_of
+from posttrain.written import merge
 
 EVERY = sorted(shipped.folder("recipes").glob("**/*.yaml"))
 ITERATED = [path for path in EVERY if "\niterations:" in path.read_text(encoding="utf-8")]
@@ -177,3 +178,6 @@ def test_another_name_replaces_a_recipes_with_its_settings(tmp_path: Path) -> No
     assert same.engine.options == {"dtype": "float32"}
     other = load_run(recipe=recipe, overrides=["reward=format", "reward.pattern=b", "reward.heldout=vader"])
     assert other.reward == RewardConfig(scorers=({"name": "format", "pattern": "b"},), heldout={"name": "vader"})
+    judged = {"preference": {"name": "pairs", "model": "m"}}
+    assert merge(judged, {"preference.name": "module:function"}) == {"preference": {"name": "module:function"}}
+    assert merge(judged, {"preference.model": "n"}) == {"preference": {"name": "pairs", "model": "n"}}

@@ -140,7 +140,7 @@ def test_at_the_target_nothing_is_learned() -> None:
 
 
 def test_far_from_the_target_nothing_overflows() -> None:
-    """Log-ratios of a thousand nats, in float32, under every divergence; the metric says that f' was continued."""
+    """Log-ratios of a thousand nats, in float32, with and without a link; the metric says that f' was continued or held."""
     seen = round_of(torch.tensor([100.0, -100.0, 0.0]), torch.full((3,), -4.0), torch.full((3,), -5.0))
     one = Completions(logps=torch.full((3,), -4.0, requires_grad=True), lengths=seen.lengths)
     for name in ("js", "forward_kl", "reverse_kl", "chi2", "jeffreys", "skew_kl:0.1", "total_variation"):
